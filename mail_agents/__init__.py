@@ -1,0 +1,1 @@
+"""Sequence-policy agents for offline reinforcement learning and imitation learning."""

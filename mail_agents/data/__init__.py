@@ -1,0 +1,1 @@
+"""Trajectories: episodes, stores, windows and their statistics."""

@@ -1,0 +1,242 @@
+"""What observations and actions look like: the schema that datasets, environments and agents share.
+
+A dataset and an environment each produce a :class:`FeatureSpec`; it travels inside every artifact,
+and :meth:`FeatureSpec.check` explains any disagreement before work starts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from gymnasium import spaces
+
+from mail_agents.errors import FeatureMismatchError, InvalidInputError
+
+Kind = Literal["state", "image", "pointcloud", "text", "scalar"]
+_KINDS: tuple[str, ...] = get_args(Kind)
+
+#: Name given to the single observation of an environment whose observation space is not a Dict.
+DEFAULT_KEY = "state"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One observation key, or the action.
+
+    Attributes:
+        kind: What the numbers mean; decides encoder and normalisation.
+        shape: Shape of one time step. Images are ``(height, width, channels)``.
+        dtype: NumPy dtype name, for example ``"float64"`` or ``"uint8"``.
+        low: Lower bounds, flattened to ``prod(shape)`` numbers, or None when unbounded.
+        high: Upper bounds, like ``low``.
+        n: Number of values of a discrete feature (``0..n-1``), or None.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: str
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise InvalidInputError(f"Feature kind {self.kind!r} is not one of {', '.join(_KINDS)}.")
+
+    @property
+    def size(self) -> int:
+        """Number of values of one time step."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready dictionary, without the fields that are None."""
+        out: dict[str, Any] = {"kind": self.kind, "shape": list(self.shape), "dtype": self.dtype}
+        if self.low is not None:
+            out["low"] = list(self.low)
+        if self.high is not None:
+            out["high"] = list(self.high)
+        if self.n is not None:
+            out["n"] = self.n
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Feature":
+        """Inverse of :meth:`to_dict`."""
+        low, high = data.get("low"), data.get("high")
+        return cls(
+            kind=data["kind"],
+            shape=tuple(int(size) for size in data["shape"]),
+            dtype=str(data["dtype"]),
+            low=None if low is None else tuple(float(x) for x in low),
+            high=None if high is None else tuple(float(x) for x in high),
+            n=None if data.get("n") is None else int(data["n"]),
+        )
+
+    @classmethod
+    def from_array(cls, array: np.ndarray, *, leading: int = 1) -> "Feature":
+        """Describes recorded data; ``leading`` axes (time) are not part of the shape."""
+        shape = tuple(array.shape[leading:])
+        return cls(kind=_kind_of(shape, array.dtype), shape=shape, dtype=_dtype_name(array.dtype))
+
+
+def _dtype_name(dtype: np.dtype) -> str:
+    return "str" if dtype.kind in "US" else dtype.name
+
+
+def _kind_of(shape: tuple[int, ...], dtype: np.dtype) -> Kind:
+    if dtype.kind in "US":
+        return "text"
+    if dtype == np.uint8 and len(shape) == 3:
+        return "image"
+    if shape == ():
+        return "scalar"
+    return "state"
+
+
+def _from_leaf_space(space: spaces.Space) -> Feature:
+    if isinstance(space, spaces.Box):
+        bounded = bool(np.all(np.isfinite(space.low)) and np.all(np.isfinite(space.high)))
+        kind = _kind_of(tuple(space.shape), space.dtype)
+        keep = bounded and kind != "image"
+        return Feature(
+            kind=kind,
+            shape=tuple(space.shape),
+            dtype=space.dtype.name,
+            low=tuple(map(float, space.low.ravel())) if keep else None,
+            high=tuple(map(float, space.high.ravel())) if keep else None,
+        )
+    if isinstance(space, spaces.Discrete):
+        return Feature(kind="scalar", shape=(), dtype=np.dtype(space.dtype).name, n=int(space.n))
+    if isinstance(space, spaces.MultiBinary):
+        shape = tuple(space.shape)
+        return Feature(kind="state", shape=shape, dtype=np.dtype(space.dtype).name)
+    if isinstance(space, spaces.MultiDiscrete):
+        high = tuple(float(x) for x in (space.nvec.ravel() - 1))
+        dtype = np.dtype(space.dtype).name
+        return Feature("state", tuple(space.shape), dtype, low=(0.0,) * len(high), high=high)
+    if isinstance(space, spaces.Text):
+        return Feature(kind="text", shape=(), dtype="str")
+    raise InvalidInputError(
+        f"Cannot describe a {type(space).__name__} space. Supported: Box, Discrete, MultiDiscrete, "
+        "MultiBinary, Text, and Dict or Tuple of these. Wrap the environment so that it returns one."
+    )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Flattens nested mappings and tuples to ``{"a/b": leaf}``.
+
+    Works for observations, infos and Dict/Tuple spaces alike; a bare leaf becomes ``{"state": leaf}``.
+    """
+    if isinstance(value, spaces.Dict):
+        value = value.spaces
+    elif isinstance(value, spaces.Tuple):
+        value = tuple(value.spaces)
+    if isinstance(value, Mapping):
+        items: list[tuple[str, Any]] = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, tuple):
+        items = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return {prefix or DEFAULT_KEY: value}
+    out: dict[str, Any] = {}
+    for key, item in items:
+        out.update(flatten(item, f"{prefix}/{key}" if prefix else key))
+    return out
+
+
+def as_mapping(observation: Any) -> dict[str, np.ndarray]:
+    """Turns any Gymnasium observation into ``{key: array}`` (a bare array becomes ``{"state": x}``)."""
+    return {key: np.asarray(item) for key, item in flatten(observation).items()}
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Schema of observations and actions.
+
+    Attributes:
+        observations: Features by key; nested Dict spaces have keys joined with ``/``.
+        action: The action feature; ``low``/``high`` are the action bounds in environment units.
+    """
+
+    observations: Mapping[str, Feature]
+    action: Feature
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "observations", dict(self.observations))
+        if not self.observations:
+            raise InvalidInputError("A FeatureSpec needs at least one observation key.")
+
+    def of_kind(self, *kinds: Kind) -> dict[str, Feature]:
+        """Observation features of the given kinds, in alphabetical key order."""
+        return {k: f for k, f in sorted(self.observations.items()) if f.kind in kinds}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready dictionary."""
+        observations = {key: f.to_dict() for key, f in sorted(self.observations.items())}
+        return {"observations": observations, "action": self.action.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "FeatureSpec":
+        """Inverse of :meth:`to_dict`."""
+        observations = {key: Feature.from_dict(f) for key, f in data["observations"].items()}
+        return cls(observations=observations, action=Feature.from_dict(data["action"]))
+
+    @classmethod
+    def from_spaces(cls, observation_space: spaces.Space, action_space: spaces.Space) -> "FeatureSpec":
+        """Describes an environment from its (single, not batched) spaces.
+
+        Raises:
+            InvalidInputError: A space is of a kind that cannot be described.
+        """
+        leaves = flatten(observation_space)
+        observations = {key: _from_leaf_space(space) for key, space in leaves.items()}
+        return cls(observations=observations, action=_from_leaf_space(action_space))
+
+    def differences(self, other: "FeatureSpec") -> list[str]:
+        """Lists what an agent built for ``self`` would miss or misread in ``other``.
+
+        Keys that only ``other`` has are not differences: an agent may ignore observations. Action
+        bounds are compared only when both sides know them.
+        """
+        lines = []
+        for key, feature in sorted(self.observations.items()):
+            found = other.observations.get(key)
+            if found is None:
+                present = ", ".join(sorted(other.observations))
+                lines.append(f"observation {key!r} is missing (present: {present})")
+            elif (found.shape, found.kind) != (feature.shape, feature.kind):
+                lines.append(
+                    f"observation {key!r}: expected {feature.kind} {feature.shape}, "
+                    f"found {found.kind} {found.shape}"
+                )
+        expected, found = self.action, other.action
+        if (found.shape, found.n) != (expected.shape, expected.n):
+            lines.append(
+                f"action: expected shape {expected.shape} (n={expected.n}), "
+                f"found {found.shape} (n={found.n})"
+            )
+        elif None not in (expected.low, found.low) and not (
+            np.allclose(np.asarray(expected.low), np.asarray(found.low))
+            and np.allclose(np.asarray(expected.high), np.asarray(found.high))
+        ):
+            lines.append(
+                f"action bounds: expected {expected.low}..{expected.high}, "
+                f"found {found.low}..{found.high}"
+            )
+        return lines
+
+    def check(self, other: "FeatureSpec", *, this: str = "agent", that: str = "environment") -> None:
+        """Raises when ``other`` cannot feed something built for ``self``.
+
+        Raises:
+            FeatureMismatchError: With every difference and what to do about it.
+        """
+        lines = self.differences(other)
+        if lines:
+            raise FeatureMismatchError(
+                f"The {this} and the {that} disagree:\n  - "
+                + "\n  - ".join(lines)
+                + f"\nThe {this} was built for the first value in each line. Make the {that} with "
+                "the same observation keys, sizes and action space (cameras, image size, wrappers), "
+                "or convert the data with 'mail-agents data convert'."
+            )
