@@ -1,0 +1,166 @@
+"""Typed, frozen configurations: strict to and from JSON, overridable by dotted names."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_type_hints
+
+import dacite
+
+from mail_agents.errors import InvalidInputError, unknown_name
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How an agent's parameters are updated."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    """Optimiser."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam moment decays."""
+    weight_decay: float = 0.0
+    """Weight decay; biases, norms and state-space parameters are exempt."""
+    grad_clip: float | None = None
+    """Largest gradient norm, or None for no clipping."""
+    warmup_steps: int = 0
+    """Steps of linear learning-rate warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up."""
+    batch_size: int = 256
+    """Windows per update."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.batch_size < 1 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise InvalidInputError(
+                "OptimConfig needs lr > 0, batch_size >= 1, warmup_steps >= 0 and "
+                f"weight_decay >= 0; got {self}."
+            )
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What every agent has: time, units and optimisation."""
+
+    history: int = 1
+    """Observed steps shown to the policy, the current one included."""
+    horizon: int = 1
+    """Predicted actions per plan (chunk length)."""
+    execute: int | None = None
+    """Actions executed before planning again; None executes the whole chunk."""
+    padding: Literal["edge", "none"] = "edge"
+    """'edge': windows reach past both episode ends, masked. 'none': complete windows only, and the
+    first plans of an episode see a shorter history (legacy behaviour of several releases)."""
+    state_norm: Literal["mean_std", "min_max", "quantile", "identity"] = "mean_std"
+    """Normalisation of state observations."""
+    action_norm: Literal["mean_std", "min_max", "quantile", "identity"] = "mean_std"
+    """Normalisation of actions."""
+    ema_decay: float | None = None
+    """Decay of the exponential moving average of the weights used for acting; None for no EMA."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser settings."""
+
+    def __post_init__(self) -> None:
+        if self.history < 1 or self.horizon < 1:
+            raise InvalidInputError(
+                f"history and horizon must be at least 1; got history={self.history}, "
+                f"horizon={self.horizon}."
+            )
+        if self.execute is not None and not 1 <= self.execute <= self.horizon:
+            raise InvalidInputError(
+                f"execute must be between 1 and horizon={self.horizon}; got {self.execute}."
+            )
+        if self.ema_decay is not None and not 0.0 <= self.ema_decay < 1.0:
+            raise InvalidInputError(f"ema_decay must be in [0, 1); got {self.ema_decay}.")
+
+    @property
+    def executed(self) -> int:
+        """Actions executed per plan, resolved: ``execute`` or the whole ``horizon``."""
+        return self.horizon if self.execute is None else self.execute
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON-ready dictionary (tuples become lists)."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Builds a config from a complete or partial dictionary, refusing unknown keys and types.
+
+        Raises:
+            UnknownNameError: A key is not a field.
+            InvalidInputError: A value has the wrong type or is out of range.
+        """
+        return _build(cls, data)
+
+    def replace(self, overrides: Mapping[str, Any]) -> Self:
+        """Returns a copy with changed fields.
+
+        Args:
+            overrides: Values by field name; nested fields as nested mappings or dotted names, for
+                example ``{"encoder.layers": 2, "history": 5}``.
+
+        Raises:
+            UnknownNameError: A field does not exist.
+            InvalidInputError: A value has the wrong type or is out of range.
+        """
+        data = self.to_dict()
+        for name, value in overrides.items():
+            _assign(type(self), data, name.split("."), value, name)
+        return _build(type(self), data)
+
+
+def _build[T](cls: type[T], data: Mapping[str, Any]) -> T:
+    config = dacite.Config(strict=True, cast=[tuple])
+    try:
+        return dacite.from_dict(cls, data, config)
+    except dacite.UnexpectedDataError as error:
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        raise unknown_name(f"field of {cls.__name__}", sorted(error.keys)[0], names) from error
+    except dacite.DaciteError as error:
+        raise InvalidInputError(f"{cls.__name__}: {error}.") from error
+
+
+def _assign(cls: type, data: dict[str, Any], path: list[str], value: Any, name: str) -> None:
+    names = [f.name for f in dataclasses.fields(cls)]
+    if path[0] not in names:
+        raise unknown_name(f"field of {cls.__name__}", path[0], names, f"(given as {name!r})")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    nested = get_type_hints(cls)[path[0]]
+    is_nested = dataclasses.is_dataclass(nested)
+    if len(path) > 1:
+        if not is_nested:
+            raise InvalidInputError(f"{name!r}: {path[0]!r} of {cls.__name__} has no fields.")
+        _assign(nested, data[path[0]], path[1:], value, name)
+    elif is_nested and isinstance(value, Mapping):
+        for key, item in value.items():
+            _assign(nested, data[path[0]], str(key).split("."), item, f"{name}.{key}")
+    else:
+        data[path[0]] = list(value) if isinstance(value, tuple) else value
+
+
+def parse_agent(text: str) -> tuple[str, dict[str, Any]]:
+    """Splits an agent string into its id and overrides.
+
+    Args:
+        text: ``"mail/ed-ma-bc"`` or ``"mail/ed-ma-bc,encoder.layers=2,optim.lr=1e-3"``. Values are
+            JSON where they parse as JSON, else text.
+
+    Raises:
+        InvalidInputError: A part is not ``name=value``.
+    """
+    agent_id, *parts = [part.strip() for part in text.split(",")]
+    overrides: dict[str, Any] = {}
+    for part in parts:
+        name, separator, value = part.partition("=")
+        if not separator or not name:
+            raise InvalidInputError(
+                f"{text!r}: {part!r} is not an override. Write 'ID,field=value,nested.field=value'."
+            )
+        try:
+            overrides[name] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[name] = value
+    return agent_id, overrides
