@@ -4,11 +4,14 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 import dacite
 
 from mail_agents.errors import InvalidInputError, unknown_name
+
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class AgentConfig:
         return _build(type(self), data)
 
 
-def _build[T](cls: type[T], data: Mapping[str, Any]) -> T:
+def _build(cls: type[C], data: Mapping[str, Any]) -> C:
     config = dacite.Config(strict=True, cast=[tuple])
     try:
         return dacite.from_dict(cls, data, config)
