@@ -337,9 +337,14 @@ def save_checkpoint(run: str | Path, step: int, agent: "Agent", loop: Mapping[st
             file.flush()
             os.fsync(file.fileno())
         _sync_directory(temporary)
-        if final.exists():  # the same step again, after a resume: equal by construction
-            shutil.rmtree(final)
-        os.rename(temporary, final)
+        if final.exists():
+            # The same step again after a resume from an older checkpoint: replace file by file, so
+            # that the directory which ``last`` may already name is never absent.
+            for name in (ARTIFACT_NAME, STATE_NAME):
+                os.replace(temporary / name, final / name)
+        else:
+            os.rename(temporary, final)
+        _sync_directory(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     write_atomic(root / "last", f"{final.name}\n".encode())
