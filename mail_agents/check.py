@@ -1,0 +1,484 @@
+"""``check_agent``: the conformance suite that our tests and plugin authors share.
+
+Each check is a function that returns when the agent conforms, raises :class:`Violation` when it
+does not, and raises :class:`NotApplicable` when there is nothing to check.
+"""
+
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mail_agents.agent import Agent
+from mail_agents.checkpoint import artifact_bytes, load_agent
+from mail_agents.config import AgentConfig
+from mail_agents.data.dataset import MemoryDataset
+from mail_agents.data.episode import Episode
+from mail_agents.errors import MailAgentsError, MissingStatisticsError
+from mail_agents.features import Feature, FeatureSpec
+from mail_agents.mixers.base import Mixer
+from mail_agents.registry import AgentSpec, make, spec
+
+_TOLERANCE = 1e-4
+_UPDATES = 40
+
+
+class Violation(Exception):
+    """The agent breaks a rule."""
+
+
+class NotApplicable(Exception):
+    """The rule does not concern this agent, or cannot be checked on this machine."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Outcome of one check."""
+
+    name: str
+    status: Literal["pass", "fail", "skip"]
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Outcome of every check."""
+
+    agent_id: str
+    results: list[CheckResult] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return all(result.status != "fail" for result in self.results)
+
+    def to_json(self) -> str:
+        """Returns the report as JSON."""
+        return json.dumps(asdict(self) | {"ok": self.ok}, indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{self.agent_id}: {'conforms' if self.ok else 'DOES NOT CONFORM'}"]
+        for result in self.results:
+            detail = f"  {result.detail}" if result.detail else ""
+            lines.append(f"  {result.status:4s} {result.seconds:6.2f}s  {result.name}{detail}")
+        return "\n".join(lines)
+
+
+def example_features() -> FeatureSpec:
+    """The features that agents are checked with: one state of 6, actions of 3 in [-1, 1]."""
+    return FeatureSpec(
+        observations={"state": Feature("state", (6,), "float32")},
+        action=Feature("state", (3,), "float32", low=(-1.0,) * 3, high=(1.0,) * 3),
+    )
+
+
+def example_dataset(features: FeatureSpec, length: int, seed: int = 0) -> MemoryDataset:
+    """Three short episodes whose actions depend on the observations, of two tasks."""
+    rng = np.random.default_rng(seed)
+    episodes = []
+    for number in range(3):
+        observations = {
+            key: _random_observation(feature, length + 1, rng)
+            for key, feature in features.observations.items()
+        }
+        mixed = np.stack(
+            [array.reshape(length + 1, -1).mean(axis=1) for array in observations.values()], axis=1
+        )
+        weights = rng.standard_normal((mixed.shape[1], features.action.size))
+        actions = np.tanh(mixed[:-1] @ weights + 0.1 * rng.standard_normal((length, 1)))
+        flags = np.zeros(length, bool)
+        episodes.append(
+            Episode(
+                observations=observations,
+                actions=actions.reshape(length, *features.action.shape).astype(np.float32),
+                rewards=rng.random(length),
+                terminations=flags,
+                truncations=np.arange(length) == length - 1,
+                task=f"task-{number % 2}",
+                seed=number,
+            )
+        )
+    return MemoryDataset(episodes, name="check_agent")
+
+
+def _random_observation(feature: Feature, rows: int, rng: np.random.Generator) -> np.ndarray:
+    if feature.kind == "image":
+        return rng.integers(0, 256, (rows, *feature.shape), dtype=np.uint8)
+    return rng.standard_normal((rows, *feature.shape)).astype(feature.dtype)
+
+
+class _Subject:
+    """A spec, the features, and freshly made (optionally fitted) agents of it."""
+
+    def __init__(self, found: AgentSpec, config: AgentConfig, features: FeatureSpec) -> None:
+        self.spec = found
+        self.config = config
+        self.features = features
+        self.dataset = example_dataset(features, config.history + config.horizon + 8)
+        self._fitted: dict[int, Agent] = {}
+
+    def new(self, seed: int = 0) -> Agent:
+        return make(self.spec, self.features, config=self.config, device="cpu", seed=seed)
+
+    def agent(self) -> Agent:
+        """A fitted agent that checks must not train; random streams are reset by ``reset``."""
+        if 0 not in self._fitted:
+            self._fitted[0] = self.trainable()
+        return self._fitted[0]
+
+    def trainable(self) -> Agent:
+        agent = self.new()
+        agent.fit_statistics(self.dataset)
+        return agent
+
+    def observations(self, rows: int, seed: int = 1) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return {
+            key: _random_observation(feature, rows, rng)
+            for key, feature in self.features.observations.items()
+        }
+
+    def batch(self, size: int = 8) -> dict[str, Any]:
+        return self.dataset.windows(self.agent().window_spec)[np.arange(size)]
+
+    @property
+    def untrained(self) -> bool:
+        return not any(p.requires_grad for p in self.agent().policy.parameters())
+
+    def begin(self, agent: Agent, slots: int, *, seed: int = 0) -> None:
+        agent.reset()
+        agent.reset(range(slots), seed=[seed + k for k in range(slots)], task=["task-0"] * slots)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise Violation(message)
+
+
+# ---- checks, in the order in which a reader would want them ------------------------------------
+
+
+def spec_round_trip(subject: _Subject) -> None:
+    _require(AgentSpec.from_json(subject.spec.to_json()) == subject.spec, "JSON changes the spec")
+
+
+def config_round_trip(subject: _Subject) -> None:
+    config = subject.config
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    _require(again == config, f"JSON changes the config: {again} != {config}")
+    try:
+        type(config).from_dict({**config.to_dict(), "no_such_field": 1})
+    except MailAgentsError:
+        return
+    raise Violation("an unknown config field is accepted")
+
+
+def missing_statistics_refused(subject: _Subject) -> None:
+    agent = subject.new()
+    for name, call in (
+        ("act", lambda: agent.act(subject.observations(1))),
+        ("loss", lambda: agent.loss(subject.batch())),
+    ):
+        try:
+            call()
+        except MissingStatisticsError:
+            continue
+        raise Violation(f"{name} works without normalisation statistics")
+
+
+def act_contract(subject: _Subject) -> None:
+    agent = subject.agent()
+    observation = subject.observations(3)
+    before = copy.deepcopy(observation)
+    rng_before = torch.get_rng_state()
+    agent.policy.train()
+    subject.begin(agent, 3)
+    action = agent.act(observation)
+    feature = subject.features.action
+    _require(agent.policy.training, "act leaves the policy in evaluation mode")
+    _require(torch.equal(rng_before, torch.get_rng_state()), "act uses the global random stream")
+    _require(
+        all(np.array_equal(before[key], observation[key]) for key in before),
+        "act modifies its observation",
+    )
+    _require(action.shape == (3, *feature.shape), f"act returns {action.shape} for three slots")
+    _require(action.dtype == np.dtype(feature.dtype), f"act returns {action.dtype}")
+    _require(bool(np.isfinite(action).all()), "act returns NaN or infinity")
+    if feature.low is not None and feature.high is not None:
+        inside = (action >= np.array(feature.low)) & (action <= np.array(feature.high))
+        _require(bool(inside.all()), "act leaves the action space")
+
+
+def acts_unbatched(subject: _Subject) -> None:
+    agent = subject.agent()
+    single = {key: value[0] for key, value in subject.observations(1).items()}
+    agent.reset(seed=0, task="task-0")
+    action = agent.act(single)
+    _require(action.shape == subject.features.action.shape, f"one observation gives {action.shape}")
+
+
+def _rollout(subject: _Subject, agent: Agent, steps: int, **kwargs: Any) -> np.ndarray:
+    return np.stack([agent.act(subject.observations(2, seed=t), **kwargs) for t in range(steps)])
+
+
+def same_seed_same_actions(subject: _Subject) -> None:
+    agent, steps = subject.agent(), 2 * subject.config.executed + 1
+    for deterministic in (True, False):
+        runs = []
+        for _ in range(2):
+            subject.begin(agent, 2, seed=5)
+            runs.append(_rollout(subject, agent, steps, deterministic=deterministic))
+        _require(np.array_equal(*runs), f"same seed, other actions ({deterministic=})")
+
+
+def deterministic_flag(subject: _Subject) -> None:
+    agent = subject.agent()
+    runs = []
+    for seed in (5, 6):
+        subject.begin(agent, 2, seed=seed)
+        runs.append(_rollout(subject, agent, 2, deterministic=True))
+    _require(np.array_equal(*runs), "deterministic=True depends on the seed")
+
+
+def slots_independent(subject: _Subject) -> None:
+    agent, steps = subject.agent(), subject.config.executed + 1
+    stream = [subject.observations(3, seed=t) for t in range(steps)]
+    subject.begin(agent, 3)
+    together = np.stack([agent.act(obs, deterministic=False) for obs in stream])
+    for slot in range(3):
+        agent.reset()
+        agent.reset([0], seed=[slot], task=["task-0"])
+        alone = np.stack(
+            [
+                agent.act({k: v[slot : slot + 1] for k, v in obs.items()}, deterministic=False)[0]
+                for obs in stream
+            ]
+        )
+        error = float(np.abs(alone - together[:, slot]).max())
+        _require(error < _TOLERANCE, f"slot {slot} of three differs from the same slot alone: {error}")
+
+
+def partial_reset(subject: _Subject) -> None:
+    agent = subject.agent()
+    steps = subject.config.executed + 1
+    stream = [subject.observations(2, seed=t) for t in range(steps)]
+
+    def run(reset: bool) -> np.ndarray:
+        subject.begin(agent, 2)
+        actions = []
+        for t, obs in enumerate(stream):
+            if reset and t == 1:
+                agent.reset([1], seed=[99], task=["task-0"])
+            actions.append(agent.act(obs, deterministic=False)[0])
+        return np.stack(actions)
+
+    error = float(np.abs(run(reset=True) - run(reset=False)).max())
+    _require(error < _TOLERANCE, f"resetting slot 1 changes slot 0 by {error}")
+
+
+def plans_every_executed_chunk(subject: _Subject) -> None:
+    agent, executed = subject.agent(), subject.config.executed
+    subject.begin(agent, 2)
+    _rollout(subject, agent, 2 * executed + 1)
+    _require(agent.plans.tolist() == [3, 3], f"{agent.plans.tolist()} plans, expected 3 per slot")
+
+
+def past_actions_ignore_future(subject: _Subject) -> None:
+    agent, steps = subject.agent(), subject.config.executed + 2
+    runs = []
+    for later in (0, 1000):
+        subject.begin(agent, 2)
+        stream = [subject.observations(2, seed=t + later * (t >= steps - 1)) for t in range(steps)]
+        runs.append(np.stack([agent.act(obs) for obs in stream])[: steps - 1])
+    _require(np.array_equal(*runs), "a later observation changes earlier actions")
+
+
+def _policy_loss(agent: Agent, batch: Mapping[str, Any]) -> float:
+    agent.policy.eval()  # dropout off: only the data may make a difference
+    agent.generator.manual_seed(0)
+    with torch.no_grad():
+        return float(agent.loss(batch)[0])
+
+
+def _noise(values: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if values.dtype == np.uint8:
+        return rng.integers(0, 256, values.shape, dtype=np.uint8)
+    return (3.0 * rng.standard_normal(values.shape)).astype(values.dtype)
+
+
+def padded_history_ignored(subject: _Subject) -> None:
+    agent, batch = subject.agent(), subject.batch()
+    if batch["mask"].all():
+        raise NotApplicable("windows have no padded history")
+    changed = dict(batch)
+    for key in subject.features.observations:
+        values = batch[f"obs/{key}"].copy()
+        values[~batch["mask"]] = _noise(values)[~batch["mask"]]
+        changed[f"obs/{key}"] = values
+    first, second = _policy_loss(agent, batch), _policy_loss(agent, changed)
+    _require(abs(first - second) < _TOLERANCE, "padded history changes the loss")
+
+
+def padded_targets_ignored(subject: _Subject) -> None:
+    agent = subject.agent()
+    view = subject.dataset.windows(agent.window_spec)
+    batch = view[np.arange(len(view))]
+    mask = batch["action_mask"]
+    if mask.all():
+        raise NotApplicable("windows have no padded targets")
+    changed = dict(batch) | {"action": np.where(mask[..., None], batch["action"], np.float32(9.0))}
+    first, second = _policy_loss(agent, batch), _policy_loss(agent, changed)
+    _require(abs(first - second) < _TOLERANCE, "padded targets change the loss")
+
+
+def trains(subject: _Subject) -> None:
+    if subject.untrained:
+        raise NotApplicable("the agent has no trainable parameters")
+    agent, batch = subject.trainable(), subject.batch()
+    agent.configure_optim(total_steps=_UPDATES)
+    reached: set[str] = set()
+    losses = []
+    for _ in range(_UPDATES):
+        losses.append(agent.update(batch)["loss"])
+        for name, parameter in agent.policy.named_parameters():
+            if parameter.grad is not None and bool(parameter.grad.abs().sum() > 0):
+                reached.add(name)
+    trainable = {name for name, p in agent.policy.named_parameters() if p.requires_grad}
+    _require(reached == trainable, f"no gradient reaches {sorted(trainable - reached)[:5]}")
+    head, tail = float(np.mean(losses[:5])), float(np.mean(losses[-5:]))
+    _require(tail < head, f"loss went from {head:.4f} to {tail:.4f} on eight repeated windows")
+
+
+def save_and_load(subject: _Subject) -> None:
+    agent = subject.agent()
+    _require(artifact_bytes(agent) == artifact_bytes(agent), "saving twice gives other bytes")
+    with tempfile.TemporaryDirectory() as directory:
+        loaded = load_agent(agent.save(Path(directory) / "agent.safetensors"), device="cpu")
+    _require(loaded.config == agent.config, "loading changes the config")
+    _require(loaded.features == agent.features, "loading changes the features")
+    runs = []
+    for each in (agent, loaded):
+        subject.begin(each, 2)
+        runs.append(_rollout(subject, each, 2, deterministic=False))
+    _require(np.array_equal(*runs), "the loaded agent acts differently")
+
+
+def other_device(subject: _Subject) -> None:
+    if not torch.cuda.is_available():
+        raise NotApplicable("no CUDA device here")
+    agent = subject.agent()
+    with tempfile.TemporaryDirectory() as directory:
+        loaded = load_agent(agent.save(Path(directory) / "agent.safetensors"), device="cuda")
+    runs = []
+    for each in (agent, loaded):
+        subject.begin(each, 2)
+        runs.append(_rollout(subject, each, 2))
+    error = float(np.abs(runs[0] - runs[1]).max())
+    _require(error < 1e-2, f"CPU and CUDA actions differ by {error}")
+
+
+def policy_copies(subject: _Subject) -> None:
+    policy = subject.agent().policy
+    clone = copy.deepcopy(policy)
+    same = [
+        torch.equal(a, b)
+        for a, b in zip(policy.state_dict().values(), clone.state_dict().values(), strict=True)
+    ]
+    _require(all(same), "a deep copy of the policy has other weights")
+
+
+def bfloat16_autocast(subject: _Subject) -> None:
+    if subject.untrained:
+        raise NotApplicable("the agent has no trainable parameters")
+    agent = subject.agent()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        loss = agent.loss(subject.batch())[0]
+    _require(bool(torch.isfinite(loss)), "the loss is not finite under bfloat16 autocast")
+
+
+def mixers_step_like_forward(subject: _Subject) -> None:
+    policy = subject.agent().policy.eval()
+    mixers = {type(m): m for m in policy.modules() if isinstance(m, Mixer) and m.has_step}
+    if not mixers:
+        raise NotApplicable("the policy has no recurrent mixer")
+    generator = torch.Generator().manual_seed(0)
+    for kind, mixer in mixers.items():
+        x = torch.randn(2, 6, mixer.d_model, generator=generator)
+        with torch.no_grad():
+            full = mixer(x)
+            state, outputs = mixer.init_state(2), []
+            for t in range(x.shape[1]):
+                y, state = mixer.step(x[:, t], state)
+                outputs.append(y)
+        error = float((torch.stack(outputs, dim=1) - full).abs().max())
+        _require(error < _TOLERANCE, f"{kind.__name__}.step differs from forward by {error}")
+
+
+CHECKS: tuple[Callable[[_Subject], None], ...] = (
+    spec_round_trip,
+    config_round_trip,
+    missing_statistics_refused,
+    act_contract,
+    acts_unbatched,
+    same_seed_same_actions,
+    deterministic_flag,
+    slots_independent,
+    partial_reset,
+    plans_every_executed_chunk,
+    past_actions_ignore_future,
+    padded_history_ignored,
+    padded_targets_ignored,
+    mixers_step_like_forward,
+    policy_copies,
+    save_and_load,
+    bfloat16_autocast,
+    trains,
+    other_device,
+)
+
+
+def check_agent(
+    agent: str | AgentSpec,
+    features: FeatureSpec | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+) -> CheckReport:
+    """Runs the conformance suite.
+
+    Args:
+        agent: Registered id (``"module:id"`` imports a module first) or a spec.
+        features: What to make the agent for; a small state and action by default.
+        overrides: Config overrides, for example to check a smaller network.
+
+    Returns:
+        A report; ``report.ok`` tells whether nothing failed, ``print(report)`` shows why.
+
+    Raises:
+        UnknownNameError: The id or an override does not exist.
+    """
+    found = agent if isinstance(agent, AgentSpec) else spec(agent)
+    subject = _Subject(found, found.config(overrides), features or example_features())
+    results = []
+    for check in CHECKS:
+        began = time.perf_counter()
+        status, detail = "pass", ""
+        try:
+            check(subject)
+        except NotApplicable as reason:
+            status, detail = "skip", str(reason)
+        except Violation as violation:
+            status, detail = "fail", str(violation)
+        except Exception as error:  # a crash is a failure of the agent, not of the suite
+            status, detail = "fail", f"{type(error).__name__}: {error}"
+        name = check.__name__.replace("_", " ")
+        results.append(CheckResult(name, status, detail, time.perf_counter() - began))  # type: ignore[arg-type]
+    return CheckReport(found.id, results)
