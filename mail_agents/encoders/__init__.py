@@ -1,0 +1,1 @@
+"""Encoders: from one kind of observation to a feature vector per time step."""

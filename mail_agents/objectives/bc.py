@@ -1,0 +1,41 @@
+"""Behaviour cloning: regression on the demonstrated chunk."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mail_agents.objectives import ActionNet, masked_mse
+
+
+class BC:
+    """Mean squared error on normalised actions; one deterministic prediction, not clamped.
+
+    MaIL's "BC" head (arXiv:2406.08234; upstream ``agents/models/bc/bc_agent.py``). On
+    demonstrations with several modes it converges to their mean.
+    """
+
+    conditions_on_noise = False
+
+    def training_loss(
+        self,
+        net: ActionNet,
+        target: Tensor,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See :class:`~mail_agents.objectives.Objective`; draws no random numbers."""
+        return masked_mse(net(None, None), target, mask)
+
+    def sample(
+        self,
+        net: ActionNet,
+        shape: tuple[int, int, int],
+        generators: Sequence[torch.Generator],
+        *,
+        deterministic: bool,
+        low: Tensor,
+        high: Tensor,
+    ) -> Tensor:
+        """See :class:`~mail_agents.objectives.Objective`; the same with either flag."""
+        return net(None, None)

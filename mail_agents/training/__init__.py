@@ -1,0 +1,1 @@
+"""Small helpers of training scripts: optimisers and weight averages."""

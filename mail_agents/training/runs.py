@@ -1,0 +1,172 @@
+"""Run directories: arguments, metrics (JSONL and TensorBoard) and progress, resumable."""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+from mail_agents import __version__
+from mail_agents.checkpoint import write_atomic
+from mail_agents.config import AgentConfig
+from mail_agents.errors import CorruptFileError, InvalidInputError
+from mail_agents.registry import spec
+
+ARGUMENTS = "arguments.json"
+METRICS = "metrics.jsonl"
+
+A = TypeVar("A")
+
+
+def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
+    """Parses a train script's arguments, with the chosen agent's own config behind ``--config``.
+
+    ``cls`` is a frozen dataclass with the fields ``agent: str``, ``config: AgentConfig`` and
+    ``resume: str | None``. ``--agent ID`` decides which config flags exist and their defaults;
+    ``--resume RUN`` takes every default from that run's stored arguments.
+
+    Args:
+        cls: The dataclass.
+        argv: Arguments without the program name; None takes ``sys.argv``.
+
+    Raises:
+        UnknownNameError: The agent id does not exist.
+        CorruptFileError: The run to resume has no readable arguments.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    resume = _flag(argv, "resume")
+    if resume is not None:
+        default = load_arguments(cls, Path(resume))
+        agent = _flag(argv, "agent")
+        if agent is not None and agent != default.agent:  # type: ignore[attr-defined]
+            raise InvalidInputError(f"{resume} trains another agent than {agent!r}; drop --agent.")
+        default = dataclasses.replace(default, resume=resume)  # type: ignore[type-var]
+    else:
+        agent = _flag(argv, "agent") or _field_default(cls, "agent")
+        default = cls(agent=agent, config=spec(agent).config())
+    return tyro.cli(_narrowed(cls, type(default.config)), args=argv, default=default)  # type: ignore[attr-defined,arg-type]
+
+
+def _flag(argv: Sequence[str], name: str) -> str | None:
+    for i, token in enumerate(argv):
+        if token == f"--{name}" and i + 1 < len(argv):
+            return argv[i + 1]
+        if token.startswith(f"--{name}="):
+            return token.partition("=")[2]
+    return None
+
+
+def _field_default(cls: type, name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(cls) if f.name == name)
+
+
+def _narrowed(cls: type[A], config_class: type[AgentConfig]) -> type[A]:
+    """The same dataclass with ``config`` annotated as the agent's own class, for its flags."""
+    narrowed = type(cls.__name__, (cls,), {"__annotations__": {"config": config_class}})
+    narrowed.__doc__ = cls.__doc__
+    return dataclasses.dataclass(frozen=True)(narrowed)  # type: ignore[return-value]
+
+
+def load_arguments(cls: type[A], run: Path) -> A:
+    """Reads the arguments a run was started with.
+
+    Raises:
+        CorruptFileError: They are missing or do not fit ``cls``.
+    """
+    path = run / ARGUMENTS
+    try:
+        data = json.loads(path.read_text())["arguments"]
+        config_class = type(spec(data["agent"]).config())
+        config = config_class.from_dict(data.pop("config"))
+        plain = dacite.Config(strict=True, cast=[tuple], type_hooks={AgentConfig: lambda _: config})
+        return dacite.from_dict(cls, {**data, "config": {}}, plain)  # type: ignore[type-var]
+    except (OSError, ValueError, KeyError, TypeError, dacite.DaciteError) as error:
+        raise CorruptFileError(
+            f"Cannot resume {run}: {path} is missing or unreadable ({error}). Expected a run "
+            "directory written by this script."
+        ) from error
+
+
+class Run:
+    """One run directory and its metrics.
+
+    ``metrics.jsonl`` holds one JSON object per logged step; a resumed run drops lines past its
+    checkpoint, so the file never holds a step twice.
+
+    Args:
+        directory: Where everything goes.
+        arguments: The script's frozen arguments, stored as ``arguments.json``.
+        resume_step: None for a new run; else the step of the checkpoint it continues from.
+
+    Raises:
+        InvalidInputError: A new run would overwrite an existing one.
+    """
+
+    def __init__(self, directory: str | Path, arguments: Any, resume_step: int | None) -> None:
+        self.directory = Path(directory)
+        self._metrics = self.directory / METRICS
+        if resume_step is None:
+            self._start(arguments)
+        else:
+            self._truncate(resume_step)
+        self._file = open(self._metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run
+        self._board = SummaryWriter(
+            str(self.directory / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
+        )
+
+    def _start(self, arguments: Any) -> None:
+        if (self.directory / ARGUMENTS).exists():
+            raise InvalidInputError(
+                f"{self.directory} already holds a run. Continue it with --resume {self.directory}, "
+                "or choose another --output."
+            )
+        text = {
+            "arguments": dataclasses.asdict(arguments),
+            "versions": {"mail_agents": __version__, "python": platform.python_version()},
+            "command": " ".join(["python", *sys.argv]),
+        }
+        write_atomic(self.directory / ARGUMENTS, (json.dumps(text, indent=2) + "\n").encode())
+
+    def _truncate(self, step: int) -> None:
+        kept = [row for row in read_metrics(self.directory) if row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomic(self._metrics, text.encode())
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends scalars under a step to JSONL and TensorBoard."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """Reads a run's metrics; a half-written last line (a killed run) is left out."""
+    path = Path(run) / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

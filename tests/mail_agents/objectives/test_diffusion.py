@@ -1,0 +1,225 @@
+import copy
+import math
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+from mail_agents.errors import InvalidInputError
+from mail_agents.objectives.diffusion import DDPM
+
+# Measured on the released MaIL code: cosine schedule with 16 steps, float32.
+BETAS = [
+    0.011868, 0.030692, 0.049739, 0.069385, 0.090051, 0.112245, 0.136617, 0.164039,
+    0.195751, 0.233596, 0.280480, 0.341278, 0.424809, 0.548444, 0.747613, 0.999,
+]  # fmt: skip
+ALPHA_BAR = [
+    0.988132, 0.957805, 0.910164, 0.847012, 0.770738, 0.684227, 0.590750, 0.493844,
+    0.397173, 0.304395, 0.219018, 0.144272, 0.082984, 0.037472, 0.009457, 9.457e-6,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ddpm():
+    return DDPM(16)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw(ddpm, net, shape, *, deterministic=False, seeds=None, bound=2.0):
+    low = torch.full((shape[-1],), -bound)
+    seeds = range(shape[0]) if seeds is None else seeds
+    return ddpm.sample(net, shape, seeded(*seeds), deterministic=deterministic, low=low, high=-low)
+
+
+def oracle(ddpm, clean):
+    """A network that knows the clean chunk and answers with the noise that is in its input."""
+
+    def net(x, t):
+        abar = ddpm.alpha_bar[t].view(-1, 1, 1).double()
+        return ((x - abar.sqrt() * clean) / (1 - abar).sqrt()).float()
+
+    return net
+
+
+def test_schedule_is_the_published_one(ddpm):
+    torch.testing.assert_close(ddpm.ancestral.betas, torch.tensor(BETAS), atol=1e-6, rtol=0)
+    torch.testing.assert_close(ddpm.alpha_bar, torch.tensor(ALPHA_BAR), atol=1e-6, rtol=0)
+    assert ddpm.alpha_bar[15].item() == pytest.approx(9.457e-6, rel=1e-3)
+    assert 1 / math.sqrt(ddpm.alpha_bar[15]) == pytest.approx(325, abs=0.5)
+
+
+def ancestral_step(ddpm, t, x0, x):
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    out = ddpm.ancestral.step(
+        x0, t, x, generator=torch.Generator().manual_seed(5), return_dict=False
+    )[0]
+    return out, noise
+
+
+@pytest.mark.parametrize("t", range(16))
+def test_ancestral_step_is_the_ddpm_posterior(ddpm, t):
+    """Ho et al. (2020), equations 6 and 7, in double precision."""
+    beta = ddpm.ancestral.betas.double()
+    abar = torch.cumprod(1 - beta, 0)
+    before = abar[t - 1] if t else torch.tensor(1.0, dtype=torch.float64)
+    variance = beta[t] * (1 - before) / (1 - abar[t])
+    if t == 0:
+        assert variance == 0
+    if t == 15:
+        assert variance.item() == pytest.approx(0.98956, abs=1e-5)
+    x0, x = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    mean = (
+        before.sqrt() * beta[t] / (1 - abar[t]) * x0
+        + (1 - beta[t]).sqrt() * (1 - before) / (1 - abar[t]) * x
+    )
+    out, noise = ancestral_step(ddpm, t, x0, x)
+    expected = (mean + variance.sqrt() * noise).float()
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_own_x0_is_needed_because_the_scheduler_clamps_all_dimensions_alike(ddpm):
+    own = DDPMScheduler(16, beta_schedule="squaredcos_cap_v2", clip_sample_range=1.0)
+    x, noise = torch.randn(1, 2, 2), torch.randn(1, 2, 2)
+    theirs = own.step(noise, 3, x, generator=torch.Generator().manual_seed(0))
+    ours = ddpm.predict_start(x, noise, 3)
+    torch.testing.assert_close(theirs.pred_original_sample, ours.clamp(-1, 1))
+    assert ours.abs().max() > 1  # so the single range matters for this input
+
+
+@pytest.mark.parametrize("t", [0, 7, 14])
+def test_start_and_noise_round_trip(ddpm, t):
+    clean, noise = torch.randn(3, 4, 2), torch.randn(3, 4, 2)
+    steps = torch.full((3,), t)
+    noisy = ddpm.add_noise(clean, noise, steps)
+    torch.testing.assert_close(noisy, ddpm.ancestral.add_noise(clean, noise, steps))
+    torch.testing.assert_close(ddpm.predict_start(noisy, noise, t), clean, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("t", range(16))
+def test_noisy_data_keeps_unit_variance(ddpm, t):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(200, 50, 2, generator=generator)
+    noise = torch.randn(200, 50, 2, generator=generator)
+    assert ddpm.add_noise(clean, noise, torch.full((200,), t)).var().item() == pytest.approx(
+        1, abs=0.03
+    )
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_perfect_network_recovers_the_clean_chunk(ddpm, deterministic):
+    clean = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(1)) * 3 - 1.5
+    out = draw(ddpm, oracle(ddpm, clean), (3, 5, 2), deterministic=deterministic)
+    torch.testing.assert_close(out, clean, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_wild_network_stays_inside_the_bounds(ddpm, deterministic):
+    low, high = torch.tensor([-0.5, -2.0]), torch.tensor([0.25, 3.0])
+    out = ddpm.sample(
+        lambda x, t: 100 * torch.sin(1e3 * x), (4, 5, 2), seeded(0, 1, 2, 3),
+        deterministic=deterministic, low=low, high=high,
+    )  # fmt: skip
+    assert torch.isfinite(out).all()
+    assert (out >= low).all()
+    assert (out <= high).all()
+    assert (out[..., 0] > 0.2).any()
+
+
+def test_every_step_is_visited_once_from_the_last_to_the_first(ddpm):
+    seen = []
+
+    def net(x, t):
+        seen.append(t.tolist())
+        return x
+
+    draw(ddpm, net, (2, 1, 1))
+    assert seen == [[t, t] for t in range(15, -1, -1)]
+
+
+def test_stochastic_rows_follow_their_own_generators(ddpm):
+    def net(x, t):
+        return 0.1 * x
+
+    a = draw(ddpm, net, (3, 4, 2), seeds=(1, 2, 3))
+    b = draw(ddpm, net, (3, 4, 2), seeds=(1, 2, 3))
+    assert torch.equal(a, b)
+    assert not torch.equal(a[0], a[1])
+    alone = draw(ddpm, net, (1, 4, 2), seeds=(2,))
+    torch.testing.assert_close(alone[0], a[1])
+
+
+def test_deterministic_sampling_uses_no_generator_and_no_place(ddpm):
+    generators = seeded(1, 2)
+    before = [g.get_state() for g in generators]
+    low = torch.full((2,), -2.0)
+    out = ddpm.sample(
+        lambda x, t: 0.1 * x, (2, 4, 2), generators, deterministic=True, low=low, high=-low
+    )
+    assert torch.equal(out[0], out[1])
+    assert all(torch.equal(a, g.get_state()) for a, g in zip(before, generators, strict=True))
+    assert torch.equal(out, draw(ddpm, lambda x, t: 0.1 * x, (2, 4, 2), deterministic=True))
+
+
+def test_deterministic_samples_are_samples_not_means(ddpm):
+    """With the exact noise prediction of a two-point distribution, the result is one point."""
+
+    def net(x, t):
+        abar = ddpm.alpha_bar[t].view(-1, 1, 1)
+        expected_clean = torch.tanh(abar.sqrt() * x / (1 - abar))
+        return (x - abar.sqrt() * expected_clean) / (1 - abar).sqrt()
+
+    out = draw(ddpm, net, (1, 50, 2), deterministic=True)
+    assert (out.abs() - 1).abs().max() < 0.1
+    assert 20 < (out > 0).sum() < 80
+
+
+def test_training_loss_is_the_noise_error(ddpm):
+    target = torch.randn(64, 5, 2)
+    asked = []
+
+    def perfect(x, t):
+        asked.append(t)
+        return oracle(ddpm, target)(x, t)
+
+    loss = ddpm.training_loss(perfect, target, None, torch.Generator().manual_seed(0))
+    assert loss.item() < 1e-6
+    assert set(asked[0].tolist()) <= set(range(16))
+    assert len(set(asked[0].tolist())) > 8
+    zero = ddpm.training_loss(lambda x, t: torch.zeros_like(x), target, None, torch.Generator())
+    assert zero.item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_training_noise_follows_the_generator(ddpm):
+    target = torch.randn(4, 3, 2)
+
+    def loss(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return ddpm.training_loss(lambda x, t: x, target, None, generator).item()
+
+    assert loss(0) == loss(0) != loss(1)
+
+
+def test_padded_targets_carry_no_loss(ddpm):
+    mask = torch.tensor([[True, False]])
+    outs = []
+    for value in (0.0, 1e6):
+        target = torch.tensor([[[0.5], [value]]])
+        generator = torch.Generator().manual_seed(0)
+        outs.append(ddpm.training_loss(lambda x, t: torch.zeros_like(x), target, mask, generator))
+    assert outs[0] == outs[1]
+
+
+def test_it_can_be_copied(ddpm):
+    other = copy.deepcopy(ddpm)
+    args = (lambda x, t: 0.1 * x, (1, 2, 1))
+    assert torch.equal(draw(ddpm, *args), draw(other, *args))
+
+
+def test_other_lengths_and_bad_ones():
+    out = draw(DDPM(4), lambda x, t: 0.1 * x, (1, 2, 1), deterministic=True)
+    assert torch.isfinite(out).all()
+    with pytest.raises(InvalidInputError, match="at least 1"):
+        DDPM(0)
