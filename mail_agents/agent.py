@@ -170,7 +170,8 @@ class Agent(ABC):
     @property
     def window_spec(self) -> WindowSpec:
         """The windows this agent trains on."""
-        return WindowSpec(self.config.history, self.config.horizon, self.config.padding)
+        config, keys = self.config, tuple(sorted(self.features.observations))
+        return WindowSpec(config.history, config.horizon, config.padding, keys)
 
     @property
     def fitted(self) -> bool:
@@ -187,7 +188,11 @@ class Agent(ABC):
         """
         self.features.check(dataset.features, that=f"dataset {dataset.info.name!r}")
         self.set_statistics(dataset.stats(episodes), dataset.info.tasks)
-        self.provenance["dataset"] = {"name": dataset.info.name, "sha256": dataset.info.sha256}
+        self.provenance["dataset"] = {
+            "name": dataset.info.name,
+            "sha256": dataset.info.sha256,
+            "env_specs": dict(dataset.info.env_specs),
+        }
 
     def set_statistics(self, stats: Mapping[str, FeatureStats], tasks: Sequence[str] = ()) -> None:
         """Sets normalisation statistics by key (``"action"`` and observation keys) and task names.

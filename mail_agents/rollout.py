@@ -1,7 +1,7 @@
 """Evaluation: the same episodes whatever the number of parallel environments.
 
-Episode ``i`` gets its reset seed and its acting-noise seed from ``(seed, i)`` alone, and every one
-of the ``n_episodes`` is run to its end, so there is no bias toward short episodes. Finished slots
+Episode ``i`` gets its reset seed and its acting-noise seed from ``(seed, i)`` alone, and every
+episode asked for is run to its end, so there is no bias toward short episodes. Finished slots
 take the next episode index at once; slots without work left are frozen.
 """
 
@@ -33,7 +33,7 @@ class EpisodeResult:
     """One evaluated episode.
 
     Attributes:
-        index: Episode index ``0..n_episodes-1``.
+        index: Episode index, from 0.
         seed: Seed given to ``env.reset``.
         task: Task name, or None.
         success: Whether ``info["success"]`` was true at any step; None when never reported.
@@ -173,8 +173,8 @@ class _Evaluator:
         self.frames: dict[int, list[np.ndarray]] = {}
         self.results: list[EpisodeResult] = []
 
-    def run(self, n_episodes: int) -> list[EpisodeResult]:
-        pending = iter(range(n_episodes))
+    def run(self, indices: Sequence[int]) -> list[EpisodeResult]:
+        pending = iter(indices)
         active = self._begin(list(range(len(self.slots))), pending)
         while active:
             ended = self._step(active)
@@ -251,7 +251,7 @@ class _Evaluator:
 def evaluate(
     agent: "Agent",
     env: str | MakeEnv,
-    n_episodes: int,
+    episodes: int | Sequence[int],
     *,
     seed: int = 0,
     n_envs: int = 1,
@@ -269,7 +269,7 @@ def evaluate(
         agent: A trained agent; its executed chunk length is part of the protocol.
         env: Gymnasium id (``"module:id"`` imports a module first), or a function that makes one
             environment.
-        n_episodes: Episodes to run; all of them count.
+        episodes: How many episodes to run, or which episode indices; all of them count.
         seed: Root seed; episode ``i`` depends on ``(seed, i)`` only.
         n_envs: Environments stepped side by side, sharing each network call.
         task: Task given to the agent, for language-conditioned agents.
@@ -287,14 +287,15 @@ def evaluate(
         FeatureMismatchError: The environment does not give what the agent was trained on.
         InvalidInputError: A number is out of range.
     """
-    if n_episodes < 1 or n_envs < 1:
+    indices = range(episodes) if isinstance(episodes, int) else list(episodes)
+    if not indices or n_envs < 1:
         raise InvalidInputError(
-            f"n_episodes and n_envs must be at least 1; got {n_episodes} and {n_envs}."
+            f"At least one episode and one environment are needed; got {episodes=}, {n_envs=}."
         )
     make_env = _maker(env, env_kwargs or {}, max_steps)
     environments: list[gymnasium.Env] = []
     try:
-        for _ in range(min(n_envs, n_episodes)):
+        for _ in range(min(n_envs, len(indices))):
             environments.append(make_env())
         first = environments[0]
         features = FeatureSpec.from_spaces(first.observation_space, first.action_space)
@@ -310,7 +311,7 @@ def evaluate(
             target_return=target_return,
             on_episode=on_episode,
         )
-        episodes = evaluator.run(n_episodes)
+        results = evaluator.run(indices)
         fps = float(first.metadata.get("render_fps") or 30.0)
         spec = first.spec
     finally:
@@ -323,7 +324,7 @@ def evaluate(
         "max_steps": max_steps if max_steps or spec is None else spec.max_episode_steps,
         "task": task,
         "seed": seed,
-        "n_episodes": n_episodes,
+        "n_episodes": len(indices),
         "deterministic": deterministic,
         "history": agent.config.history,
         "horizon": agent.config.horizon,
@@ -331,7 +332,7 @@ def evaluate(
         "target_return": target_return,
         "weights": "raw" if agent.ema is None else "ema",
     }
-    return Evaluation(episodes, protocol, evaluator.frames, fps)
+    return Evaluation(results, protocol, evaluator.frames, fps)
 
 
 def _maker(env: str | MakeEnv, kwargs: Mapping[str, Any], max_steps: int | None) -> MakeEnv:

@@ -51,7 +51,8 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
     else:
         agent = _flag(argv, "agent") or _field_default(cls, "agent")
         default = cls(agent=agent, config=spec(agent).config())
-    return tyro.cli(_narrowed(cls, type(default.config)), args=argv, default=default)  # type: ignore[attr-defined,arg-type]
+    # The flags of ``config`` are those of the default's own class: tyro narrows to it.
+    return tyro.cli(cls, args=argv, default=default)
 
 
 def _flag(argv: Sequence[str], name: str) -> str | None:
@@ -65,13 +66,6 @@ def _flag(argv: Sequence[str], name: str) -> str | None:
 
 def _field_default(cls: type, name: str) -> Any:
     return next(f.default for f in dataclasses.fields(cls) if f.name == name)
-
-
-def _narrowed(cls: type[A], config_class: type[AgentConfig]) -> type[A]:
-    """The same dataclass with ``config`` annotated as the agent's own class, for its flags."""
-    narrowed = type(cls.__name__, (cls,), {"__annotations__": {"config": config_class}})
-    narrowed.__doc__ = cls.__doc__
-    return dataclasses.dataclass(frozen=True)(narrowed)  # type: ignore[return-value]
 
 
 def load_arguments(cls: type[A], run: Path) -> A:

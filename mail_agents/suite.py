@@ -1,0 +1,148 @@
+"""Evaluating on every task a dataset was recorded from, with videos."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+from mail_agents.errors import InvalidInputError
+from mail_agents.rollout import EpisodeResult, Evaluation, MakeEnv, evaluate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mail_agents.agent import Agent
+
+
+@dataclass(frozen=True)
+class World:
+    """How to make the environment of one task.
+
+    Attributes:
+        task: Task name, as in the dataset.
+        env_id: Gymnasium id; ``"module:id"`` imports a module first.
+        kwargs: Passed to ``gymnasium.make``.
+        max_steps: Step limit, or None for the environment's own.
+    """
+
+    task: str
+    env_id: str
+    kwargs: Mapping[str, Any]
+    max_steps: int | None = None
+
+    @classmethod
+    def from_spec(cls, task: str, spec: Mapping[str, Any]) -> "World":
+        """Takes id, keyword arguments and limit of a stored Gymnasium spec.
+
+        The spec's entry point is deliberately not used: a data file must not choose what code runs.
+        """
+        if "id" not in spec:
+            raise InvalidInputError(
+                f"The dataset's environment of task {task!r} has no id: {dict(spec)}."
+            )
+        return cls(task, str(spec["id"]), dict(spec.get("kwargs") or {}), spec.get("max_episode_steps"))
+
+    def maker(self, **extra: Any) -> MakeEnv:
+        """Returns a function that makes the environment, with further keyword arguments."""
+        limit = {} if self.max_steps is None else {"max_episode_steps": self.max_steps}
+
+        def make_env() -> gymnasium.Env:
+            return gymnasium.make(self.env_id, **limit, **{**self.kwargs, **extra})
+
+        return make_env
+
+
+def worlds_of(env_specs: Mapping[str, Mapping[str, Any]]) -> list[World]:
+    """The environments of a dataset (``dataset.info.env_specs``), in task order.
+
+    Raises:
+        InvalidInputError: The dataset does not say which environments it came from.
+    """
+    if not env_specs:
+        raise InvalidInputError(
+            "The dataset does not name its environments, so there is nothing to evaluate in. "
+            "Name one: --env ID (scripts/evaluate.py), or train with --eval-episodes 0."
+        )
+    return [World.from_spec(task, spec) for task, spec in env_specs.items()]
+
+
+def evaluate_world(
+    agent: "Agent",
+    world: World,
+    n_episodes: int,
+    *,
+    seed: int,
+    n_envs: int = 1,
+    deterministic: bool = False,
+    directory: Path | None = None,
+    videos: int = 0,
+    on_episode: Callable[[EpisodeResult], None] | None = None,
+) -> Evaluation:
+    """Evaluates one task, optionally writing results and videos into ``directory``.
+
+    Args:
+        agent: A trained agent.
+        world: The task's environment.
+        n_episodes: Episodes.
+        seed: Root seed of the episodes.
+        n_envs: Environments side by side.
+        deterministic: Whether the agent leaves out sampling noise.
+        directory: Where ``episodes.jsonl``, ``summary.json`` and videos go.
+        videos: Successful episodes to record, and as many failed ones.
+        on_episode: Called after each episode.
+    """
+    evaluation = evaluate(
+        agent,
+        world.maker(),
+        n_episodes,
+        seed=seed,
+        n_envs=n_envs,
+        task=world.task,
+        deterministic=deterministic,
+        on_episode=on_episode,
+    )
+    if directory is not None:
+        evaluation.save(directory)
+        _record(agent, world, evaluation, videos, seed, deterministic, directory)
+    return evaluation
+
+
+def _record(
+    agent: "Agent",
+    world: World,
+    evaluation: Evaluation,
+    count: int,
+    seed: int,
+    deterministic: bool,
+    directory: Path,
+) -> None:
+    """Plays the first successful and failed episodes again, with a camera, and names the outcome."""
+    solved = [e.index for e in evaluation.episodes if e.success][:count]
+    failed = [e.index for e in evaluation.episodes if not e.success][:count]
+    for index in solved + failed:
+        again = evaluate(
+            agent,
+            world.maker(render_mode="rgb_array"),
+            [index],
+            seed=seed,
+            task=world.task,
+            deterministic=deterministic,
+            record=[index],
+        )
+        outcome = {True: "success", False: "failure", None: "episode"}[again.episodes[0].success]
+        path = directory / f"{outcome}-{index:03d}.mp4"
+        write_video(path, again.frames[index], again.fps)
+
+
+def write_video(path: str | Path, frames: "list[np.ndarray]", fps: float) -> Path:
+    """Writes RGB frames ``(height, width, 3)`` uint8 as an mp4 (H.264)."""
+    import imageio.v2 as imageio  # imported here: it starts a subprocess module few runs need
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with imageio.get_writer(path, fps=fps, macro_block_size=2, codec="libx264") as writer:
+        for frame in frames:
+            writer.append_data(frame)  # type: ignore[attr-defined]
+    return path
