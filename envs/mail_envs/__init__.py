@@ -1,0 +1,49 @@
+"""Worlds: simulators behind one Gymnasium interface, scripted experts, demonstration collection.
+
+Importing this package registers every world with Gymnasium by name only; no simulator is imported
+until one is made::
+
+    import gymnasium
+
+    env = gymnasium.make("mail_envs:metaworld/reach-v3", cameras=("corner2",))
+
+The import also chooses MuJoCo's OpenGL backend (environment variable ``MUJOCO_GL``) when nobody
+has, because MuJoCo reads it once, at its own first import.
+"""
+
+import fnmatch
+
+import gymnasium
+
+from mail_envs.catalogue import METAWORLD_HORIZON, METAWORLD_TASKS
+from mail_envs.rendering import select_gl_backend
+
+__all__ = ["METAWORLD_TASKS", "list_worlds"]
+
+
+def list_worlds(pattern: str = "*") -> list[str]:
+    """Ids of the worlds of this package, ready for ``gymnasium.make``.
+
+    Args:
+        pattern: Shell-style pattern for the part after ``mail_envs:``, for example
+            ``"metaworld/door-*"``.
+
+    Returns:
+        Sorted ids such as ``"mail_envs:metaworld/reach-v3"``; empty when nothing matches.
+    """
+    names = sorted(f"metaworld/{task}" for task in METAWORLD_TASKS)
+    return [f"mail_envs:{name}" for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def _register_worlds() -> None:
+    for task in METAWORLD_TASKS:
+        gymnasium.register(
+            id=f"metaworld/{task}",
+            entry_point="mail_envs.metaworld:MetaWorldEnv",
+            max_episode_steps=METAWORLD_HORIZON,
+            kwargs={"task": task},
+        )
+
+
+select_gl_backend()
+_register_worlds()
