@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
-from scipy import stats as scipy_stats
 
 from mail_agents.checkpoint import write_atomic
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec, as_mapping
-from mail_agents.report.stats import wilson_interval
+from mail_agents.report.stats import bootstrap_mean, wilson_interval
 from mail_agents.seeding import derive_env_seed, derive_seed
 
 if TYPE_CHECKING:
@@ -84,16 +83,26 @@ class Evaluation:
         if known:
             rate = float(np.mean(known))
             interval = [float(x) for x in wilson_interval(sum(known), len(known))]
+        mean = bootstrap_mean(returns)
         return {
             "n_episodes": len(self.episodes),
             "success_rate": rate,
             "success_interval_95": interval,
-            "return_mean": float(returns.mean()),
+            "return_mean": mean.value,
             "return_std": float(returns.std()),
-            "return_interval_95": _mean_interval(returns),
+            "return_interval_95": [mean.low, mean.high],
             "length_mean": float(np.mean([episode.length for episode in self.episodes])),
             "protocol": self.protocol,
         }
+
+    def __str__(self) -> str:
+        summary = self.summary()
+        interval = summary["success_interval_95"]
+        if interval is None:
+            return f"return {summary['return_mean']:.1f} over {len(self.episodes)} episodes"
+        solved = sum(bool(episode.success) for episode in self.episodes)
+        low, high = interval
+        return f"{solved}/{len(self.episodes)} solved, {low:.2f}-{high:.2f}"
 
     def save(self, directory: str | Path) -> Path:
         """Writes ``episodes.jsonl`` and ``summary.json`` into a directory."""
@@ -103,15 +112,6 @@ class Evaluation:
         summary = json.dumps(self.summary(), indent=2, sort_keys=True) + "\n"
         write_atomic(directory / "summary.json", summary.encode())
         return directory
-
-
-def _mean_interval(values: np.ndarray) -> list[float] | None:
-    if len(values) < 2 or np.ptp(values) == 0:
-        return None
-    result = scipy_stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
-    )
-    return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 
 
 class _Slot:

@@ -1,6 +1,7 @@
 """Evaluating on every task a dataset was recorded from, with videos."""
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 from mail_agents.errors import InvalidInputError
+from mail_agents.report.results import TaskResult, Video, group_by_task
 from mail_agents.rollout import EpisodeResult, Evaluation, MakeEnv, evaluate
 
 if TYPE_CHECKING:
@@ -134,6 +136,34 @@ def _record(
         outcome = {True: "success", False: "failure", None: "episode"}[again.episodes[0].success]
         path = directory / f"{outcome}-{index:03d}.mp4"
         write_video(path, again.frames[index], again.fps)
+
+
+def evaluation_directory(run: str | Path, step: int) -> Path:
+    """Where a run keeps the evaluation after ``step`` updates, one folder per task."""
+    return Path(run) / "eval" / f"step-{step:08d}"
+
+
+def completed_evaluations(run: str | Path, tasks: Sequence[str]) -> dict[int, list[TaskResult]]:
+    """Reads every complete evaluation of a run, by step; incomplete ones (a killed run) are left out."""
+    found = {}
+    for directory in sorted((Path(run) / "eval").glob("step-*")):
+        files = [directory / task / "episodes.jsonl" for task in tasks]
+        if all(file.exists() for file in files):
+            lines = [line for file in files for line in file.read_text().splitlines()]
+            step = int(directory.name.removeprefix("step-"))
+            found[step] = group_by_task(json.loads(line) for line in lines)
+    return found
+
+
+def recorded_videos(directory: str | Path) -> list[Video]:
+    """Lists the videos that :func:`evaluate_world` wrote below ``directory``, one folder per task."""
+    outcomes = {"success": True, "failure": False, "episode": None}
+    videos = []
+    for path in sorted(Path(directory).glob("*/*.mp4")):
+        outcome, _, index = path.stem.partition("-")
+        caption = f"episode {int(index)}"
+        videos.append(Video(str(path), path.parent.name, outcomes[outcome], caption))
+    return videos
 
 
 def write_video(path: str | Path, frames: "list[np.ndarray]", fps: float) -> Path:

@@ -1,0 +1,136 @@
+"""Roll out a trained artifact, or an untrained reference agent, on fixed and seeded episodes.
+
+    python scripts/evaluate.py --agent runs/demo/agent.safetensors --episodes 50
+    python scripts/evaluate.py --agent random --env mail_envs:metaworld/reach-v3 --episodes 50
+
+An artifact remembers the environments of its dataset, so --env is only needed to go elsewhere.
+Expect one line per task ("42/50 solved, 0.71-0.92" is the 95% Wilson interval), episodes.jsonl and
+summary.json per task under --output, and videos when asked for.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import tyro
+from rich.console import Console
+
+import mail_agents
+from mail_agents.agent import Agent
+from mail_agents.checkpoint import write_atomic
+from mail_agents.errors import InvalidInputError, MailAgentsError
+from mail_agents.features import FeatureSpec
+from mail_agents.suite import World, evaluate_world, worlds_of
+
+
+@dataclass(frozen=True)
+class Args:
+    """Evaluate an agent."""
+
+    agent: str
+    """An artifact (or checkpoint directory), or the id of an agent that needs no training."""
+    env: str | None = None
+    """Gymnasium id ('module:id' imports a module first); None takes the environments of the
+    artifact's dataset."""
+    env_kwargs: dict[str, str] = field(default_factory=dict)
+    """Keyword arguments for --env, each value in JSON where it parses."""
+    task: str | None = None
+    """Task name for --env; None takes the last part of the environment id."""
+    dataset: str | None = None
+    """Dataset that gives an untrained agent its features and statistics."""
+    episodes: int = 50
+    """Episodes per task."""
+    seed: int = 0
+    """Seeds the episodes: the same seed gives the same initial states for every agent."""
+    n_envs: int = 10
+    """Environments stepped side by side."""
+    deterministic: bool = False
+    """Leave out sampling noise."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Weights that act."""
+    videos: int = 0
+    """Successful and failed episodes to record per task."""
+    output: str = "runs/evaluation"
+    """Directory for results; one folder per task."""
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+    as_json: bool = False
+    """Print the summaries as JSON and nothing else."""
+
+
+def resolve_worlds(args: Args, agent: Agent | None) -> list[World]:
+    """The environments to evaluate in."""
+    if args.env is None:
+        specs = {} if agent is None else agent.provenance.get("dataset", {}).get("env_specs", {})
+        if args.dataset is not None:
+            specs = mail_agents.open_dataset(args.dataset).info.env_specs
+        return worlds_of(specs)
+    kwargs: dict[str, Any] = {}
+    for name, value in args.env_kwargs.items():
+        try:
+            kwargs[name] = json.loads(value)
+        except json.JSONDecodeError:
+            kwargs[name] = value
+    return [World(args.task or args.env.rpartition("/")[2], args.env, kwargs)]
+
+
+def load_or_make(args: Args) -> Agent:
+    """Loads an artifact, or makes an untrained agent from a dataset's or environment's features."""
+    if Path(args.agent).exists() or args.agent.endswith(".safetensors"):
+        return mail_agents.load(args.agent, device=args.device, weights=args.weights, seed=args.seed)
+    if args.dataset is not None:
+        dataset = mail_agents.open_dataset(args.dataset)
+        agent = mail_agents.make(args.agent, dataset.features, device=args.device, seed=args.seed)
+        agent.fit_statistics(dataset)
+    else:
+        env = resolve_worlds(args, None)[0].maker()()
+        features = FeatureSpec.from_spaces(env.observation_space, env.action_space)
+        env.close()
+        agent = mail_agents.make(args.agent, features, device=args.device, seed=args.seed)
+    if any(p.requires_grad for p in agent.policy.parameters()):
+        raise InvalidInputError(
+            f"Agent {args.agent!r} must be trained before it is evaluated: run "
+            f"'python scripts/train.py --agent {args.agent} --dataset DATASET' and pass the artifact."
+        )
+    return agent
+
+
+def main(args: Args) -> None:
+    """Evaluates every task and writes the results."""
+    console = Console(quiet=args.as_json, soft_wrap=True)
+    agent = load_or_make(args)
+    output = Path(args.output)
+    summaries = {}
+    console.print(
+        f"{agent.agent_id}: history {agent.config.history}, executes {agent.config.executed} of "
+        f"{agent.config.horizon} predicted actions"
+    )
+    for world in resolve_worlds(args, agent):
+        with console.status(f"{world.task} ..."):
+            evaluation = evaluate_world(
+                agent,
+                world,
+                args.episodes,
+                seed=args.seed,
+                n_envs=args.n_envs,
+                deterministic=args.deterministic,
+                directory=output / world.task,
+                videos=args.videos,
+            )
+        console.print(f"{world.task}: {evaluation}")
+        summaries[world.task] = evaluation.summary()
+    text = json.dumps(summaries, indent=2, sort_keys=True)
+    write_atomic(output / "summary.json", (text + "\n").encode())
+    if args.as_json:
+        print(text)
+    console.print(f"results  {output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (MailAgentsError, gymnasium.error.Error) as error:
+        sys.exit(f"error: {error}")
