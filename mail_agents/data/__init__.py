@@ -1,1 +1,31 @@
 """Trajectories: episodes, stores, windows and their statistics."""
+
+from mail_agents.data.dataset import DatasetInfo, MemoryDataset, TrajectoryDataset, select_demos
+from mail_agents.data.episode import Episode
+from mail_agents.data.stats import FeatureStats
+from mail_agents.data.store import (
+    StoreDataset,
+    StoreWriter,
+    open_dataset,
+    verify_dataset,
+    write_dataset,
+)
+from mail_agents.data.windows import Batch, BatchSampler, WindowSpec, WindowView
+
+__all__ = [
+    "Batch",
+    "BatchSampler",
+    "DatasetInfo",
+    "Episode",
+    "FeatureStats",
+    "MemoryDataset",
+    "StoreDataset",
+    "StoreWriter",
+    "TrajectoryDataset",
+    "WindowSpec",
+    "WindowView",
+    "open_dataset",
+    "select_demos",
+    "verify_dataset",
+    "write_dataset",
+]

@@ -84,9 +84,15 @@ class Episode:
         for key in ("terminations", "truncations"):
             put(self, key, _checked(key, getattr(self, key), length, where).astype(bool))
         if self.rewards.ndim != 1:
-            raise InvalidInputError(f"{where}: 'rewards' has shape {self.rewards.shape}, expected (T,).")
+            raise InvalidInputError(
+                f"{where}: 'rewards' has shape {self.rewards.shape}, expected (T,)."
+            )
         put(self, "meta", dict(self.meta))
-        put(self, "infos", {k: self._checked_info(k, v, length, where) for k, v in self.infos.items()})
+        put(
+            self,
+            "infos",
+            {k: self._checked_info(k, v, length, where) for k, v in self.infos.items()},
+        )
 
     @staticmethod
     def _checked_info(key: str, value: Any, length: int, where: str) -> np.ndarray:

@@ -1,0 +1,317 @@
+"""Windows: the fixed-size views of episodes that a network is trained on, computed and not stored."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from mail_agents.errors import InvalidInputError, unknown_name
+from mail_agents.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from mail_agents.data.dataset import ArrayDataset
+
+#: Arrays by key; see :class:`WindowView` for the keys.
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """Which steps a sample holds.
+
+    Attributes:
+        history: H, observed steps up to and including the current one.
+        horizon: J, actions to predict, the first belonging to the current step.
+        padding: ``"edge"`` makes every step a current step: history before the first step repeats
+            the first frame, targets after the last step repeat the last action, and masks tell
+            them apart. ``"none"`` keeps only windows that lie fully inside an episode, as the
+            released MaIL code does; the first H-1 and the last J-1 steps are then never current.
+        keys: Observation keys to read, or None for all. Leaving unused cameras out saves most of
+            the reading.
+    """
+
+    history: int = 1
+    horizon: int = 1
+    padding: Literal["edge", "none"] = "edge"
+    keys: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("history", "horizon"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInputError(
+                    f"WindowSpec.{name} is {value!r}, expected an integer >= 1."
+                )
+        if self.padding not in ("edge", "none"):
+            raise InvalidInputError(
+                f"WindowSpec.padding is {self.padding!r}, expected 'edge' or 'none'."
+            )
+
+
+class WindowIndex(NamedTuple):
+    """Where each window is: ``episode (N,)`` and the current step ``step (N,)``, both int64."""
+
+    episode: np.ndarray
+    step: np.ndarray
+
+
+class WindowView:
+    """All windows of a dataset, gathered on demand.
+
+    ``view[i]`` is one sample, ``view[a:b]`` and ``view[indices]`` are batches. A batch of B windows
+    with current steps t holds:
+
+    ================  =================  ======================================================
+    ``obs/<key>``     ``(B, H, ...)``    observations of steps t-H+1..t, stored dtype
+    ``action``        ``(B, J, *A)``     actions of steps t..t+J-1
+    ``past_action``   ``(B, H-1, *A)``   actions of steps t-H+1..t-1, zero where ``mask`` is False
+    ``reward``        ``(B, J)``         float32 rewards of steps t..t+J-1, zero past the end
+    ``rtg``           ``(B, H)``         float32 undiscounted return from each history step on
+    ``timestep``      ``(B, H)``         int64 step number in the episode
+    ``mask``          ``(B, H)``         bool, history steps that exist
+    ``action_mask``   ``(B, J)``         bool, targets that exist
+    ``task``          ``(B,)``           int64 index into ``dataset.info.tasks``, -1 without a task
+    ================  =================  ======================================================
+
+    With ``padding="edge"`` history before the first step repeats observation, ``rtg`` and
+    ``timestep`` of step 0, and targets past the end repeat the last action. The current step is
+    always the last of the history, so the first target has index H-1 within the window.
+
+    Args:
+        dataset: Where the columns are.
+        spec: Which steps a sample holds.
+        episodes: Episode indices to draw from, or None for all.
+    """
+
+    def __init__(
+        self, dataset: "ArrayDataset", spec: WindowSpec, episodes: Sequence[int] | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.spec = spec
+        self._keys = _observation_keys(dataset, spec)
+        chosen = episode_array(episodes, len(dataset))
+        lengths = dataset.lengths[chosen]
+        if spec.padding == "edge":
+            self._first = 0
+            counts = lengths.copy()
+        else:
+            self._first = spec.history - 1
+            counts = np.maximum(lengths - (spec.history + spec.horizon - 1) + 1, 0)
+            _warn_short(chosen, counts, spec)
+            chosen, counts = chosen[counts > 0], counts[counts > 0]
+        self._episodes = chosen
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def index(self) -> WindowIndex:
+        """Episode and current step of every window, in order."""
+        return self.locate(np.arange(len(self)))
+
+    def locate(self, indices: np.ndarray) -> WindowIndex:
+        """Episode and current step of the given windows ``(B,)``."""
+        slot = np.searchsorted(self._ends, indices, side="right")
+        return WindowIndex(self._episodes[slot], indices - self._starts[slot] + self._first)
+
+    def __getitem__(self, item: int | slice | np.ndarray | Sequence[int]) -> Batch:
+        single = isinstance(item, int | np.integer)
+        batch = self._gather(*self.locate(self._resolve(item)))
+        return {key: value[0] for key, value in batch.items()} if single else batch
+
+    def _resolve(self, item: Any) -> np.ndarray:
+        if isinstance(item, slice):
+            return np.arange(*item.indices(len(self)))
+        indices = np.atleast_1d(np.asarray(item))
+        if indices.dtype == bool:
+            if indices.shape != (len(self),):
+                raise IndexError(f"Boolean index of shape {indices.shape} for {len(self)} windows.")
+            return np.flatnonzero(indices)
+        if indices.size == 0:
+            return np.zeros(0, np.int64)
+        if indices.ndim != 1 or indices.dtype.kind not in "iu":
+            raise IndexError("Index windows with an integer, a slice or a 1-D integer array.")
+        indices = indices.astype(np.int64)
+        indices = np.where(indices < 0, indices + len(self), indices)
+        if indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"Window index out of range: there are {len(self)} windows.")
+        return indices
+
+    def _gather(self, episode: np.ndarray, step: np.ndarray) -> Batch:
+        data, spec = self.dataset, self.spec
+        past = step[:, None] + np.arange(1 - spec.history, 1)
+        future = step[:, None] + np.arange(spec.horizon)
+        length = data.lengths[episode][:, None]
+        mask, action_mask = past >= 0, future < length
+        past = np.maximum(past, 0)
+        seen = data.starts("obs/")[episode][:, None] + past
+        start = data.starts("action")[episode][:, None]
+        ahead = start + np.minimum(future, length - 1)
+
+        batch: Batch = {
+            f"obs/{k}": np.take(data.column(f"obs/{k}"), seen, axis=0) for k in self._keys
+        }
+        actions = data.column("action")
+        batch["action"] = np.take(actions, ahead, axis=0)
+        previous = np.take(actions, start + past[:, :-1], axis=0)
+        previous[~mask[:, :-1]] = 0
+        batch["past_action"] = previous
+        reward = np.take(data.column("reward"), ahead).astype(np.float32)
+        batch["reward"] = np.where(action_mask, reward, np.float32(0))
+        batch["rtg"] = np.take(data.returns_to_go, start + past).astype(np.float32)
+        batch["timestep"] = past
+        batch["mask"] = mask
+        batch["action_mask"] = action_mask
+        batch["task"] = data.task_ids[episode]
+        return batch
+
+
+def _observation_keys(dataset: "ArrayDataset", spec: WindowSpec) -> tuple[str, ...]:
+    present = dataset.features.observations
+    for key in spec.keys or ():
+        if key not in present:
+            raise unknown_name("observation key", key, present, "See 'mail-agents data inspect'.")
+    return tuple(sorted(present)) if spec.keys is None else spec.keys
+
+
+def _warn_short(episodes: np.ndarray, counts: np.ndarray, spec: WindowSpec) -> None:
+    short = episodes[counts == 0]
+    if len(short):
+        warnings.warn(
+            f"{len(short)} of {len(episodes)} episodes are shorter than a window of "
+            f"{spec.history + spec.horizon - 1} steps and are skipped (first: episode {short[0]}). "
+            "Use padding='edge' to train on them.",
+            stacklevel=4,
+        )
+
+
+def episode_array(episodes: Sequence[int] | np.ndarray | None, total: int) -> np.ndarray:
+    """Checks a choice of episodes and returns it as int64 indices; None means all.
+
+    Raises:
+        InvalidInputError: An index is out of range or repeated.
+    """
+    if episodes is None:
+        return np.arange(total)
+    chosen = np.asarray(episodes)
+    if chosen.size == 0:
+        return np.zeros(0, np.int64)
+    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
+        raise InvalidInputError("Choose episodes with a list of integer indices.")
+    if chosen.min() < 0 or chosen.max() >= total:
+        raise InvalidInputError(
+            f"Episode indices {int(chosen.min())}..{int(chosen.max())} do not all exist: "
+            f"valid are 0..{total - 1}."
+        )
+    if len(np.unique(chosen)) != len(chosen):
+        raise InvalidInputError("The same episode is chosen more than once.")
+    return chosen.astype(np.int64)
+
+
+class BatchSampler:
+    """Endless batches of indices whose state is two integers.
+
+    The order of an epoch is a function of ``(seed, epoch)`` alone. Global batch ``k`` is the same
+    for every number of ranks with equal ``batch_size * world_size``; rank ``r`` takes the ``r``-th
+    contiguous part of it. Every rank sees the same number of batches: an incomplete last batch is
+    kept, and its samples are topped up from the start of the epoch to a multiple of
+    ``world_size`` (never with one rank).
+
+    Args:
+        n: Number of samples.
+        batch_size: Samples per batch and rank.
+        seed: Root seed.
+        shuffle: Whether to permute; otherwise the order is 0..n-1.
+        drop_last: Whether to leave out an incomplete last batch.
+        rank: Index of this process.
+        world_size: Number of processes.
+
+    Raises:
+        InvalidInputError: A number is out of range, or there would be no batch at all.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if n < 1:
+            raise InvalidInputError(
+                "There is nothing to sample: 0 windows. Use padding='edge', a shorter window, or "
+                "more episodes."
+            )
+        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+            raise InvalidInputError(
+                f"batch_size={batch_size}, rank={rank}, world_size={world_size}: expected "
+                "batch_size >= 1 and 0 <= rank < world_size."
+            )
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.rank, self.world_size = rank, world_size
+        self._global = batch_size * world_size
+        self.batches_per_epoch = n // self._global if drop_last else -(-n // self._global)
+        if self.batches_per_epoch == 0:
+            raise InvalidInputError(
+                f"drop_last leaves no batch: {n} samples, {self._global} per global batch. "
+                "Use a smaller batch_size or drop_last=False."
+            )
+        self.epoch, self.position = 0, 0
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __iter__(self) -> "BatchSampler":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        order = self._epoch_order()
+        batch = order[self.position * self._global : (self.position + 1) * self._global]
+        missing = -len(batch) % self.world_size
+        if missing:
+            batch = np.concatenate([batch, np.resize(order, missing)])
+        share = len(batch) // self.world_size
+        self.position += 1
+        if self.position == self.batches_per_epoch:
+            self.epoch, self.position = self.epoch + 1, 0
+        return batch[self.rank * share : (self.rank + 1) * share]
+
+    def _epoch_order(self) -> np.ndarray:
+        if self._order is None or self._order[0] != self.epoch:
+            if self.shuffle:
+                rng = np.random.Generator(
+                    np.random.PCG64(derive_seed(self.seed, "data", self.epoch))
+                )
+                self._order = (self.epoch, rng.permutation(self.n))
+            else:
+                self._order = (self.epoch, np.arange(self.n))
+        return self._order[1]
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches already given in it."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues after the last batch that was given when ``state`` was taken.
+
+        Raises:
+            InvalidInputError: The state cannot come from a sampler of this size.
+        """
+        if set(state) != {"epoch", "position"}:
+            raise InvalidInputError(
+                f"Sampler state has keys {sorted(state)}, expected epoch, position."
+            )
+        epoch, position = int(state["epoch"]), int(state["position"])
+        if epoch < 0 or not 0 <= position < self.batches_per_epoch:
+            raise InvalidInputError(
+                f"Sampler state epoch={epoch}, position={position} does not fit "
+                f"{self.batches_per_epoch} batches per epoch. Resume with the data, batch size and "
+                "number of processes of the original run."
+            )
+        self.epoch, self.position = epoch, position

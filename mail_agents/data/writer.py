@@ -1,0 +1,500 @@
+"""Writing a store: streamed, resumable after a kill, visible only when complete."""
+
+import contextlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mail_agents.data.columns import (
+    Column,
+    Ledger,
+    canonical_json,
+    content_sha256,
+    episode_columns,
+    is_text,
+    make_entry,
+    npy_header,
+    raw_bytes,
+)
+from mail_agents.data.dataset import ArrayDataset, DatasetInfo
+from mail_agents.data.episode import Episode
+from mail_agents.data.manifest import (
+    FORMAT,
+    LINES,
+    MANIFEST,
+    SCHEMA,
+    STATS,
+    TABLES,
+    dump_manifest,
+    file_sha256,
+    library_versions,
+    partial_path,
+    replaced_path,
+)
+from mail_agents.errors import InvalidInputError
+from mail_agents.features import FeatureSpec
+
+_JOURNAL = "journal.jsonl"
+_DATA = "data"
+_COPY_ROWS = 1 << 14
+
+
+def _write_all(file: BinaryIO, data: bytes | np.ndarray) -> None:
+    """Writes everything or raises; unbuffered, so that nothing is left to fail on close."""
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
+
+
+class ColumnFile:
+    """One growing ``.npy`` file.
+
+    Args:
+        path: The file; it is continued when it exists.
+        column: dtype and shape of a row.
+        rows: Rows that are valid already; anything after them is overwritten.
+    """
+
+    def __init__(self, path: Path, column: Column, rows: int = 0) -> None:
+        self.path, self.column, self.rows = path, column, rows
+        self._header = len(npy_header(column.dtype, (0, *column.shape)))
+        fresh = not path.exists()
+        self._file: BinaryIO = open(path, "x+b" if fresh else "r+b", buffering=0)  # noqa: SIM115
+        if fresh:
+            _write_all(self._file, npy_header(column.dtype, (0, *column.shape)))
+
+    def write(self, array: np.ndarray, at: int) -> None:
+        """Writes rows from row ``at`` on, without making them valid."""
+        if array.dtype != self.column.dtype:  # narrower text
+            array = array.astype(self.column.dtype)
+        self._file.seek(self._header + at * self.column.row_bytes)
+        _write_all(self._file, raw_bytes(array))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Reads rows ``start..stop-1``."""
+        self._file.seek(self._header + start * self.column.row_bytes)
+        data = self._file.read((stop - start) * self.column.row_bytes)
+        whole = len(data) // max(1, self.column.row_bytes)
+        array = np.frombuffer(data, self.column.dtype, whole * int(np.prod(self.column.shape)))
+        return array.reshape(whole, *self.column.shape)
+
+    def widen(self, dtype: np.dtype) -> None:
+        """Rewrites a text column for longer text."""
+        wide = Column(dtype, self.column.shape)
+        other = self.path.with_suffix(".wide")
+        other.unlink(missing_ok=True)
+        target = ColumnFile(other, wide)
+        for start in range(0, self.rows, _COPY_ROWS):
+            target.write(self.read(start, min(start + _COPY_ROWS, self.rows)), at=start)
+        target.close()
+        self.close()
+        os.replace(other, self.path)
+        self.column = wide
+        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+
+    def finish(self) -> None:
+        """Writes the header, cuts what is not valid and forces the file to disk."""
+        self._file.seek(0)
+        _write_all(self._file, npy_header(self.column.dtype, (self.rows, *self.column.shape)))
+        self._file.truncate(self._header + self.rows * self.column.row_bytes)
+        os.fsync(self._file.fileno())
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class StoreWriter:
+    """Builds a store beside its final place and renames it there when it is complete.
+
+    Episodes are appended to ``.<name>.partial`` and noted in a journal with checksums. If the
+    process dies, running the same conversion again continues after the last whole episode. Nothing
+    that :func:`~mail_agents.data.store.open_dataset` accepts exists before the final rename.
+
+    >>> with StoreWriter("store", name="demo") as writer:  # doctest: +SKIP
+    ...     for key in keys:
+    ...         if key not in writer.completed:
+    ...             writer.add(read_episode(key), source_id=key)
+
+    Args:
+        path: Folder of the finished store.
+        name: Name of the dataset.
+        env_specs: Gymnasium ``EnvSpec`` dictionaries by task; may be filled until the end.
+        source: Where the data comes from (``kind``, ``id``, ``sha256``, ...). An unfinished
+            conversion is continued only when name and source are the same.
+        reference_scores: ``{"min": ..., "max": ...}`` by task; may be filled until the end.
+        overwrite: Whether to replace an existing store, once the new one is complete.
+        features: What the environment declares (bounds, discrete values, kinds).
+        resume: Whether to continue an unfinished conversion; False starts again.
+
+    Attributes:
+        completed: Source ids of the episodes that are in.
+
+    Raises:
+        InvalidInputError: The target exists, or an unfinished conversion cannot be continued.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        name: str,
+        env_specs: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
+        reference_scores: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        features: FeatureSpec | None = None,
+        resume: bool = True,
+    ) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.name = name
+        self.env_specs = dict(env_specs or {})
+        self.source = json.loads(canonical_json(dict(source or {})))
+        self.reference_scores = dict(reference_scores or {})
+        self.overwrite = overwrite
+        self.completed: set[str] = set()
+        self._ledger = Ledger(features)
+        self._files: dict[str, ColumnFile] = {}
+        self._partial = partial_path(self.path)
+        self._data = self._partial / _DATA
+        self._check_target()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial.mkdir(exist_ok=True)
+        self._lock = _lock(self._partial / "lock")
+        try:
+            self._journal = self._resume() if resume else None
+            if self._journal is None:
+                self._journal = self._start()
+        except BaseException:
+            self._close()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._ledger.entries)
+
+    def _check_target(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            return
+        if not self.overwrite:
+            raise InvalidInputError(
+                f"{self.path} exists already and is not overwritten. Choose another path, or pass "
+                "overwrite=True (--overwrite) to replace it once the new store is complete."
+            )
+        if not (self.path / MANIFEST).is_file():
+            raise InvalidInputError(
+                f"{self.path} is not a trajectory store; overwrite=True refuses it."
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, "name": self.name, "source": self.source}
+
+    def _start(self) -> BinaryIO:
+        shutil.rmtree(self._data, ignore_errors=True)
+        (self._partial / _JOURNAL).unlink(missing_ok=True)
+        self._data.mkdir()
+        journal = open(self._partial / _JOURNAL, "x+b", buffering=0)  # noqa: SIM115
+        _write_all(journal, canonical_json(self._identity()).encode() + b"\n")
+        return journal
+
+    def _resume(self) -> BinaryIO | None:
+        """Continues the journal that is there, or returns None when there is nothing to continue."""
+        path = self._partial / _JOURNAL
+        if not path.is_file() or not self._data.is_dir():
+            return None
+        lines = list(_whole_lines(path.read_bytes()))
+        if not lines:
+            return None
+        if lines[0][1] != self._identity():
+            raise InvalidInputError(
+                f"{self._partial} holds an unfinished conversion of something else (name "
+                f"{lines[0][1].get('name')!r}, source {lines[0][1].get('source')!r}). Finish that one, "
+                "delete the folder, or pass resume=False to discard it."
+            )
+        if any(entry["source_id"] is None for _, entry in lines[1:]):
+            raise InvalidInputError(
+                f"{self._partial} holds an unfinished store whose episodes have no source_id, so it "
+                "cannot be known which are missing. Delete the folder or pass resume=False to discard it."
+            )
+        end = lines[0][0]
+        for stop, entry in lines[1:]:
+            if not self._readmit(entry):
+                break
+            end = stop
+        journal = open(path, "r+b", buffering=0)  # noqa: SIM115
+        journal.truncate(end)
+        journal.seek(end)
+        return journal
+
+    def _readmit(self, entry: dict[str, Any]) -> bool:
+        """Takes a journaled episode back if its data is on disk, unharmed."""
+        self._ledger.check(entry)
+        for name, item in entry["columns"].items():
+            file = self._files.get(name)
+            if file is None:
+                path = self._data / self._file_name(name)
+                if not path.is_file():
+                    return False
+                column = Column(np.dtype(item["dtype"]), tuple(item["shape"]))
+                if is_text(column.dtype):  # the file may be wider already
+                    column = Column(_stored_dtype(path, column.dtype), column.shape)
+                file = self._files[name] = ColumnFile(path, column)
+            rows = file.read(file.rows, file.rows + item["rows"]).astype(np.dtype(item["dtype"]))
+            if len(rows) != item["rows"] or zlib.crc32(raw_bytes(rows)) != item["crc32"]:
+                return False
+        self._accept(entry)
+        return True
+
+    def _file_name(self, column: str) -> str:
+        # Numbered, lower-case ASCII: safe on every file system, also when keys differ only in case.
+        if column in self._files:
+            return self._files[column].path.name
+        slug = "".join(c if c.isascii() and c.isalnum() else "_" for c in column.lower())[:48]
+        return f"{len(self._files):03d}_{slug}.npy"
+
+    def _accept(self, entry: dict[str, Any]) -> None:
+        for name, item in entry["columns"].items():
+            self._files[name].rows += item["rows"]
+        self._ledger.record(entry)
+        if entry["source_id"] is not None:
+            self.completed.add(entry["source_id"])
+
+    def add(self, episode: Episode, source_id: str | None = None) -> None:
+        """Appends one episode.
+
+        Args:
+            episode: The episode; its arrays are written at once and not kept.
+            source_id: Identity in the source, by which a resumed conversion skips it. None takes
+                ``episode.meta["source_id"]``; without either the conversion cannot be resumed.
+
+        Raises:
+            FeatureMismatchError: It does not agree with the episodes before it.
+            InvalidInputError: The source id is in already, or ``meta`` is not JSON-ready.
+            OSError: The disk is full or failing; what was complete before stays resumable.
+        """
+        if source_id is None and episode.meta.get("source_id") is not None:
+            source_id = str(episode.meta["source_id"])
+        if source_id in self.completed:
+            raise InvalidInputError(
+                f"Episode {source_id!r} is in the store already; skip the ids in writer.completed."
+            )
+        entry = make_entry(episode, source_id)
+        self._ledger.check(entry)
+        with self._noting_disk_errors():
+            for name, array in episode_columns(episode).items():
+                self._write(name, array, entry["columns"][name])
+            assert self._journal is not None
+            start = self._journal.tell()
+            try:
+                _write_all(self._journal, canonical_json(entry).encode() + b"\n")
+            except OSError:
+                self._journal.seek(start)
+                raise
+        self._accept(entry)
+
+    def _write(self, name: str, array: np.ndarray, item: dict[str, Any]) -> None:
+        column = Column(array.dtype, array.shape[1:])
+        file = self._files.get(name)
+        if file is None:
+            path = self._data / self._file_name(name)
+            path.unlink(missing_ok=True)
+            file = self._files[name] = ColumnFile(path, column)
+        elif column.dtype.itemsize > file.column.dtype.itemsize:
+            file.widen(column.dtype)
+        item["crc32"] = zlib.crc32(raw_bytes(array))
+        file.write(array, at=file.rows)
+
+    @contextlib.contextmanager
+    def _noting_disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.add_note(
+                f"Writing the store {self.path} failed; nothing was put there. {len(self)} whole "
+                f"episodes are kept in {self._partial}: free space and run the same command again "
+                "to continue, or delete that folder."
+            )
+            raise
+
+    def __enter__(self) -> "StoreWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                with self._noting_disk_errors():
+                    self._commit()
+        finally:
+            self._close()
+        if kind is None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        if getattr(self, "_journal", None) is not None:
+            assert self._journal is not None
+            self._journal.close()
+        self._lock.close()
+
+    def _commit(self) -> None:
+        if not self._ledger.entries:
+            raise InvalidInputError(
+                f"No episode was added, so there is no store to write at {self.path}. Check the filter "
+                "(for example only_successful) or the source."
+            )
+        for file in self._files.values():
+            file.finish()
+        self._write_tables()
+        _sync_folder(self._data)
+        self._check_target()
+        _swap(self._data, self.path)
+
+    def _write_tables(self) -> None:
+        ledger, table = self._ledger, self._ledger.table()
+        files: dict[str, Any] = {}
+        for name, file in self._files.items():
+            column = file.column
+            files[file.path.name] = {
+                "column": name,
+                "dtype": column.dtype.str,
+                "shape": [file.rows, *column.shape],
+                **_sums(file.path),
+            }
+        hashes = {item["column"]: item["sha256"] for item in files.values()}
+        info = DatasetInfo(
+            name=self.name,
+            tasks=ledger.tasks,
+            n_episodes=len(table.lengths),
+            n_steps=int(table.lengths.sum()),
+            env_specs=self.env_specs,
+            source=self.source,
+            reference_scores=self.reference_scores,
+            sha256=content_sha256(ledger.features(), ledger.tasks, table, hashes),
+        )
+        columns = {
+            item["column"]: np.load(self._data / name, mmap_mode="r", allow_pickle=False)
+            for name, item in files.items()
+        }
+        stats = ArrayDataset(info, ledger.features(), columns, table).stats()
+        del columns
+        with open(self._data / TABLES, "wb") as stream:
+            np.savez(stream, allow_pickle=False, **table.to_arrays())  # type: ignore[arg-type]
+        (self._data / LINES).write_bytes(table.to_lines())
+        stats_text = json.dumps({k: s.to_dict() for k, s in stats.items()}, sort_keys=True)
+        (self._data / STATS).write_text(stats_text + "\n", encoding="utf-8")
+        for name in (TABLES, LINES, STATS):
+            _sync_file(self._data / name)
+            files[name] = _sums(self._data / name)
+        manifest = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "name": info.name,
+            "tasks": list(info.tasks),
+            "n_episodes": info.n_episodes,
+            "n_steps": info.n_steps,
+            "features": ledger.features().to_dict(),
+            "env_specs": info.env_specs,
+            "source": info.source,
+            "reference_scores": info.reference_scores,
+            "sha256": info.sha256,
+            "versions": library_versions(),
+            "files": files,
+        }
+        (self._data / MANIFEST).write_bytes(dump_manifest(manifest))
+        _sync_file(self._data / MANIFEST)
+
+
+def _sums(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _whole_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Journal lines that were written completely, each with the offset of its end."""
+    end = 0
+    for line in data.splitlines(keepends=True):
+        end += len(line)
+        try:
+            if not line.endswith(b"\n"):
+                return
+            yield end, json.loads(line)
+        except ValueError:
+            return
+
+
+def _stored_dtype(path: Path, fallback: np.dtype) -> np.dtype:
+    with path.open("rb") as stream:
+        try:
+            np.lib.format.read_magic(stream)
+            return np.lib.format.read_array_header_1_0(stream)[2]
+        except ValueError:
+            return fallback
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there; renames are journaled by the file system
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Moves the finished folder into place; an existing store steps aside and comes back on failure."""
+    old = replaced_path(path)
+    present = (path / MANIFEST).is_file()
+    if present:
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    elif path.is_dir():
+        path.rmdir()
+    try:
+        os.rename(new, path)
+    except OSError:
+        if present:
+            os.rename(old, path)
+        raise
+    _sync_folder(path.parent)
+    if present:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Takes an exclusive lock that the operating system drops when the process ends."""
+    file = open(path, "a+b")  # noqa: SIM115
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InvalidInputError(
+            f"Another process is writing this store ({path.parent} is locked). Wait for it to end."
+        ) from error
+    return file
