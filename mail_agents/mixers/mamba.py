@@ -1,0 +1,202 @@
+"""Mamba-1 block (Gu & Dao 2023, section 3.4 and figure 3), interchangeable with ``mamba_ssm.Mamba``.
+
+Names, shapes and initialisation of the parameters are those of ``mamba_ssm/modules/mamba_simple.py``,
+including the order of random draws, so that state dicts move in both directions.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mail_agents.errors import InvalidInputError
+from mail_agents.mixers.base import zero_masked
+from mail_agents.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from mail_agents.ops.selective_scan import selective_scan, selective_scan_step
+
+
+class MambaState(NamedTuple):
+    """State of one Mamba layer.
+
+    Attributes:
+        history: The last W - 1 inputs of the convolution, oldest first, (B, W-1, d_inner).
+        ssm: State of the recurrence, (B, d_inner, d_state), float32 or float64 because rounding
+            errors compound over time.
+    """
+
+    history: Tensor
+    ssm: Tensor
+
+    def reset(self, rows: Tensor) -> "MambaState":
+        """Returns a state in which the batch rows where ``rows`` (B,) bool is True start anew."""
+        chosen = rows[:, None, None]
+        return MambaState(self.history.masked_fill(chosen, 0), self.ssm.masked_fill(chosen, 0))
+
+    def detach(self) -> "MambaState":
+        """Returns a state through which no gradient flows."""
+        return MambaState(self.history.detach(), self.ssm.detach())
+
+    def to_mamba_ssm(self) -> tuple[Tensor, Tensor]:
+        """Returns ``(conv_state (B, d_inner, W), ssm_state (B, d_inner, d_state))``.
+
+        The oldest of the W columns is zero: ``mamba_ssm`` drops it before using the others.
+        """
+        return F.pad(self.history.transpose(1, 2), (1, 0)), self.ssm.clone()
+
+    @classmethod
+    def from_mamba_ssm(cls, conv_state: Tensor, ssm_state: Tensor) -> "MambaState":
+        """Builds a state from the cache layout of ``mamba_ssm``; see :meth:`to_mamba_ssm`."""
+        wide = torch.float64 if ssm_state.dtype == torch.float64 else torch.float32
+        return cls(conv_state[:, :, 1:].transpose(1, 2).contiguous(), ssm_state.to(wide).clone())
+
+
+class Mamba(nn.Module):
+    """Selective state space mixer: projection, short convolution, selective scan, gate, projection.
+
+    Masked steps have no influence: the convolution sees zeros in their place, the recurrence passes
+    its state through them unchanged (a step size of zero), their output is zero and no gradient
+    comes from them. A sequence with masked steps in front equals the sequence without them.
+
+    Args:
+        d_model: Width of input and output.
+        d_state: State size N per channel.
+        d_conv: Width W of the convolution.
+        expand: Inner width in units of ``d_model``.
+        dt_rank: Rank of the step size projection; ``"auto"`` is ceil(d_model / 16).
+        bias: Whether input and output projections have a bias.
+        conv_bias: Whether the convolution has a bias.
+        backend: Kernel backend of scan and convolution, see :mod:`mail_agents.ops.backends`.
+
+    Raises:
+        InvalidInputError: A size is smaller than one.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        bias: bool = False,
+        conv_bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        if min(d_model, d_state, d_conv, expand, rank) < 1:
+            raise InvalidInputError(
+                "Mamba sizes have to be positive, got "
+                f"{d_model=}, {d_state=}, {d_conv=}, {expand=}, {dt_rank=}."
+            )
+        self.d_model, self.d_state, self.d_conv, self.dt_rank = d_model, d_state, d_conv, rank
+        self.d_inner = expand * d_model
+        self.backend = backend
+        inner = self.d_inner
+        self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
+        # A container for the weights only, so that their names match; the op does the work.
+        self.conv1d = nn.Conv1d(
+            inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias
+        )
+        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(rank, inner, bias=True)
+        self._init_step_size()
+        decay = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(inner, 1)
+        self.A_log = nn.Parameter(torch.log(decay))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        # Markers that optimizer and initialisation code written for mamba_ssm looks for.
+        self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
+        self.D._no_weight_decay = True  # type: ignore[attr-defined]
+        self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+
+    def _init_step_size(self, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> None:
+        """Step sizes log-uniform in [low, high] at initialisation (Gu & Dao 2023, section 3.6)."""
+        scale = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -scale, scale)
+        span = math.log(high) - math.log(low)
+        dt = torch.exp(torch.rand(self.d_inner) * span + math.log(low)).clamp(min=floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps (B, L, d_model) to (B, L, d_model); ``mask`` (B, L) is False at steps to ignore."""
+        return self._run(x, mask, None, keep_state=False)[0]
+
+    def prefill(
+        self, x: Tensor, state: MambaState | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """Like :meth:`forward`, from ``state`` (default: the initial one), returning the new state."""
+        y, state = self._run(x, mask, state, keep_state=True)
+        assert state is not None  # for the type checker: keep_state asks for it
+        return y, state
+
+    def _run(
+        self, x: Tensor, mask: Tensor | None, state: MambaState | None, keep_state: bool
+    ) -> tuple[Tensor, MambaState | None]:
+        u, z = self.in_proj(zero_masked(x, mask)).chunk(2, dim=-1)
+        if self.in_proj.bias is not None:
+            u = zero_masked(u, mask)
+        history, ssm = state if state is not None else (None, None)
+        u = causal_conv1d(
+            u,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            history=history,
+            return_history=keep_state,
+            backend=self.backend,
+        )
+        if keep_state:
+            u, history = u
+        dt, B, C = self._select(u)
+        if mask is not None:
+            dt = dt.masked_fill(~mask.unsqueeze(-1), -math.inf)
+        y = selective_scan(
+            *(u, dt, self._decay(), B, C, self.D, z),
+            delta_bias=self.dt_proj.bias,
+            h0=ssm,
+            return_state=keep_state,
+            backend=self.backend,
+        )
+        if keep_state:
+            y, ssm = y
+        y = zero_masked(self.out_proj(y), mask)
+        return y, MambaState(history, ssm) if keep_state else None  # type: ignore[arg-type]
+
+    def init_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MambaState:
+        """Returns the zero state; ``dtype`` is that of the activations (default: the weights')."""
+        weight = self.in_proj.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return MambaState(
+            torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
+            torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=wide),
+        )
+
+    def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """Maps one token (B, d_model) to (B, d_model) and returns the state after it."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        u, history = causal_conv1d_step(u, state.history, weight, bias)
+        dt, B, C = self._select(u)
+        y, ssm = selective_scan_step(
+            *(state.ssm, u, dt, self._decay(), B, C, self.D, z), delta_bias=self.dt_proj.bias
+        )
+        return self.out_proj(y), MambaState(history, ssm)
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input-dependent step size (without its bias, which the scan adds), B and C."""
+        sizes = [self.dt_rank, self.d_state, self.d_state]
+        dt, B, C = self.x_proj(u).split(sizes, dim=-1)
+        return F.linear(dt, self.dt_proj.weight), B, C
+
+    def _decay(self) -> Tensor:
+        wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
+        return -torch.exp(self.A_log.to(wide))

@@ -1,0 +1,60 @@
+"""Arguments of the selective scan as one value, so that backends share a signature."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mail_agents.errors import InvalidInputError
+
+
+class ScanInputs(NamedTuple):
+    """See :func:`mail_agents.ops.selective_scan.selective_scan` for meaning and shapes."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    delta_softplus: bool
+    h0: Tensor | None
+    reset: Tensor | None
+    return_state: bool
+
+    def check(self) -> None:
+        """Raises InvalidInputError when a shape or dtype does not fit."""
+        u, A = self.u, self.A
+        if u.dim() != 3 or A.dim() != 2:
+            raise InvalidInputError(
+                f"selective_scan needs u (B, L, D) and A (D, N), got u {tuple(u.shape)} "
+                f"and A {tuple(A.shape)}. Sequences are channel-last here, unlike in mamba_ssm."
+            )
+        batch, length, d = u.shape
+        n = A.shape[1]
+        sequence, projection = (batch, length, d), (batch, length, n)
+        for name, shape in (
+            ("delta", sequence),
+            ("A", (d, n)),
+            ("B", projection),
+            ("C", projection),
+            ("D", (d,)),
+            ("z", sequence),
+            ("delta_bias", (d,)),
+            ("h0", (batch, d, n)),
+            ("reset", (batch, length)),
+        ):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != shape:
+                raise InvalidInputError(
+                    f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape} "
+                    f"from u (B, L, D) = {sequence} and N = {n}."
+                )
+        if A.is_complex() or not u.is_floating_point():
+            raise InvalidInputError(
+                f"selective_scan needs real floating point inputs, got u {u.dtype}, A {A.dtype}."
+            )
+        if self.reset is not None and self.reset.dtype != torch.bool:
+            raise InvalidInputError(f"selective_scan: reset must be bool, got {self.reset.dtype}.")

@@ -1,0 +1,256 @@
+"""Which implementation of a kernel runs: an ordered choice that is logged and never silent.
+
+Every op lists its implementations in the order in which ``"auto"`` tries them. A name that is given
+explicitly (argument, :func:`use_backend` or the environment variable ``MAIL_AGENTS_BACKEND``) either
+runs or raises with the reason and the command that repairs it; ``"auto"`` always finds something.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mail_agents.errors import InvalidInputError, MissingDependencyError, unknown_name
+
+logger = logging.getLogger(__name__)
+
+#: Environment variable that names the backend when neither argument nor context manager does.
+ENV_VAR = "MAIL_AGENTS_BACKEND"
+
+#: Every backend name of this package; an op may implement a part of them.
+BACKENDS = ("cuda", "torch", "reference")
+
+_override: ContextVar[str | None] = ContextVar("mail_agents_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A compiled third-party module that a backend needs.
+
+    Attributes:
+        module: Importable name.
+        distribution: Name on the package index, for the version.
+        fix: Shell command that installs it (torch must be installed before).
+    """
+
+    module: str
+    distribution: str
+    fix: str
+
+
+#: Both need a CUDA build of torch and, when no wheel matches it, nvcc. Build isolation would compile
+#: against another torch, so these commands cannot be replaced by an extra of this distribution.
+SELECTIVE_SCAN_CUDA = Extension(
+    "selective_scan_cuda",
+    "mamba-ssm",
+    "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation mamba-ssm==2.3.2.post1",
+)
+CAUSAL_CONV1D = Extension(
+    "causal_conv1d",
+    "causal-conv1d",
+    "pip install --no-deps --no-build-isolation causal-conv1d==1.7.0",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Result of importing an :class:`Extension`: the module, or the text of the failure."""
+
+    module: ModuleType | None
+    failure: str
+
+
+@functools.cache
+def probe(extension: Extension) -> Probe:
+    """Imports an extension once per process; ``probe.cache_clear()`` forgets the result."""
+    try:
+        return Probe(importlib.import_module(extension.module), "")
+    except Exception as error:  # mismatched binaries raise OSError, AttributeError, RuntimeError
+        return Probe(None, f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation of an op.
+
+    Attributes:
+        name: One of :data:`BACKENDS`.
+        run: The implementation; every candidate of an op has the same signature.
+        refuse: Called with the arguments of the op; the reason why it cannot run them, or None.
+        extension: The compiled module it needs, or None.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None]
+    extension: Extension | None = None
+
+
+def requested_backend(argument: str = "auto") -> str:
+    """Returns the backend that is asked for: argument, then :func:`use_backend`, then environment.
+
+    Raises:
+        UnknownNameError: The name is neither ``"auto"`` nor one of :data:`BACKENDS`.
+    """
+    name, source = argument, "argument"
+    if name == "auto":
+        inner = _override.get()
+        if inner is not None:
+            name, source = inner, "use_backend"
+        else:
+            name, source = os.environ.get(ENV_VAR) or "auto", f"environment variable {ENV_VAR}"
+    _check_name(name, source)
+    return name
+
+
+def _check_name(name: str, source: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        hint = f"It was given by: {source}. Run 'mail-agents doctor' to see what works here."
+        raise unknown_name("kernel backend", name, ("auto", *BACKENDS), hint)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Selects the backend of every op called inside the block with ``backend="auto"``.
+
+    ``use_backend("auto")`` hides an outer choice and the environment variable.
+
+    Raises:
+        UnknownNameError: There is no such backend.
+    """
+    _check_name(name, "use_backend")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: Any) -> Candidate:
+    """Picks the implementation that runs, and logs it once per op and backend.
+
+    Args:
+        op: Name of the op, for messages.
+        candidates: Implementations in the order in which ``"auto"`` tries them; the last one
+            refuses nothing.
+        argument: The ``backend`` argument of the op.
+        inputs: Arguments of the op, passed to :attr:`Candidate.refuse`.
+
+    Raises:
+        UnknownNameError: There is no such backend.
+        MissingDependencyError: An explicit backend needs an extension that cannot be imported.
+        InvalidInputError: An explicit backend cannot run these inputs.
+    """
+    name = requested_backend(argument)
+    if name == "auto":
+        skipped = []
+        for candidate in candidates[:-1]:
+            reason = candidate.refuse(*inputs)
+            if reason is None:
+                _log_choice(op, candidate.name, tuple(skipped))
+                return candidate
+            skipped.append(f"{candidate.name}: {reason}")
+        _log_choice(op, candidates[-1].name, tuple(skipped))
+        return candidates[-1]
+    by_name = {candidate.name: candidate for candidate in candidates}
+    if name not in by_name:
+        raise InvalidInputError(
+            f"{op} has no {name!r} backend. It has: auto, {', '.join(by_name)}."
+        )
+    candidate = by_name[name]
+    if candidate.extension is not None:
+        _require(op, candidate.name, candidate.extension)
+    reason = candidate.refuse(*inputs)
+    if reason is not None:
+        raise InvalidInputError(
+            f"Backend {name!r} was requested for {op} and cannot run it: {reason}. "
+            "Use backend='auto' to take the fastest one that can."
+        )
+    _log_choice(op, name, ("requested by name",))
+    return candidate
+
+
+def _require(op: str, backend: str, extension: Extension) -> None:
+    failure = probe(extension).failure
+    if failure:
+        raise MissingDependencyError(
+            f"Backend {backend!r} was requested for {op} and needs the module "
+            f"{extension.module!r}, which cannot be imported ({failure}). "
+            f"Install it with: {extension.fix}\n"
+            "Run 'mail-agents doctor' for versions, or use backend='auto'."
+        )
+
+
+@functools.cache
+def _log_choice(op: str, backend: str, notes: tuple[str, ...]) -> None:
+    logger.info("%s runs on backend %r%s", op, backend, f" ({'; '.join(notes)})" if notes else "")
+
+
+def refuse_without(extension: Extension, on_cuda: bool) -> str | None:
+    """Returns why a CUDA extension cannot run, or None; the import is tried only for CUDA tensors."""
+    if not on_cuda:
+        return "its kernels need tensors on a CUDA device"
+    failure = probe(extension).failure
+    return f"cannot import {extension.module} ({failure})" if failure else None
+
+
+def refuse_torch_func(*_: Any) -> str | None:
+    """Returns why a hand-written backward cannot run: it has no rule for vmap, jvp or torch.func."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return "a torch.func transform is active" if active is not None and active() else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def backend_report() -> list[dict[str, Any]]:
+    """Says for every op and backend whether it can run here, and how to repair it when not.
+
+    Returns:
+        One dictionary per row, in the order in which ``"auto"`` tries them: ``op``, ``name``,
+        ``available``, ``reason`` (empty when available), ``versions`` (package -> version or None),
+        ``fix`` (shell command, empty when none is needed).
+    """
+    needs = {"selective_scan": SELECTIVE_SCAN_CUDA, "causal_conv1d": CAUSAL_CONV1D}
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    rows: list[dict[str, Any]] = []
+    for op, extension in needs.items():
+        failure = probe(extension).failure
+        reasons = [f"cannot import {extension.module} ({failure})"] if failure else []
+        if not torch.cuda.is_available():
+            reasons.append("torch sees no CUDA device")
+        rows.append(
+            {
+                "op": op,
+                "name": "cuda",
+                "available": not reasons,
+                "reason": "; ".join(reasons),
+                "versions": {**versions, extension.distribution: _version(extension.distribution)},
+                "fix": extension.fix if failure else "",
+            }
+        )
+        rows += [
+            {
+                "op": op,
+                "name": name,
+                "available": True,
+                "reason": "",
+                "versions": dict(versions),
+                "fix": "",
+            }
+            for name in ("torch", "reference")
+        ]
+    return rows

@@ -1,0 +1,193 @@
+"""Selective scan, the sequence operation of Mamba-1, channel-last, with interchangeable backends.
+
+Equations 2a, 2b and 4 and algorithm 2 of Gu & Dao 2023 ("Mamba: Linear-Time Sequence Modeling with
+Selective State Spaces"), with the simplified Euler discretisation of B that the released code uses
+(``mamba_ssm/ops/selective_scan_interface.py``)::
+
+    dt_t = softplus(delta_t + delta_bias)
+    h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t          (zero before the first step, or h0)
+    y_t  = (C_t . h_t + D u_t) * silu(z_t)
+
+All arithmetic is float32 (float64 when an input is float64), whatever the dtype of the inputs.
+
+==============  ==========================================  =====================================
+backend         runs                                        gradients
+==============  ==========================================  =====================================
+``cuda``        CUDA tensors, float32 / float16 / bfloat16  first order; no h0, reset or gradient
+                with the official extension                 through the last state
+``torch``       everywhere                                  first order
+``reference``   everywhere, slow, readable                  any order, forward mode, torch.func
+==============  ==========================================  =====================================
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mail_agents.ops import _scan_cuda
+from mail_agents.ops._scan_inputs import ScanInputs
+from mail_agents.ops._scan_torch import SelectiveScan
+from mail_agents.ops.backends import (
+    SELECTIVE_SCAN_CUDA,
+    Candidate,
+    choose,
+    refuse_torch_func,
+    refuse_without,
+)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Runs the selective state space recurrence over a batch of sequences.
+
+    Any length including zero is allowed, and any strides.
+
+    Args:
+        u: Input, (B, L, D).
+        delta: Step sizes before bias and softplus, (B, L, D).
+        A: Decay rates, (D, N), real and normally negative.
+        B: Input projection of each step, (B, L, N).
+        C: Output projection of each step, (B, L, N).
+        D: Skip weight, (D,).
+        z: Gate, (B, L, D); the output is multiplied by silu(z).
+        delta_bias: Added to ``delta``, (D,).
+        delta_softplus: Whether step sizes go through softplus (identity above 20).
+        h0: State before the first step, (B, D, N); zero when absent. Differentiable.
+        reset: (B, L) bool; True drops the state before that step, so that a new sequence starts
+            there. The dropped state has to be finite.
+        return_state: Whether to return the state after the last step as well.
+        backend: ``"auto"`` or a name of :data:`mail_agents.ops.backends.BACKENDS`.
+
+    Returns:
+        y (B, L, D) in the dtype of ``u``; with ``return_state`` the pair of y and the last state
+        (B, D, N) in float32 (float64 when an input is float64), which is differentiable.
+
+    Raises:
+        InvalidInputError: Shapes or dtypes do not fit, or a backend named explicitly cannot run.
+        UnknownNameError: There is no such backend.
+        MissingDependencyError: A backend named explicitly is not installed.
+    """
+    inputs = ScanInputs(
+        *(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reset, return_state)
+    )
+    inputs.check()
+    candidate = choose("selective_scan", _CANDIDATES, backend, inputs)
+    with _no_autocast(u.device):
+        y, last = candidate.run(inputs)
+    return (y, last) if return_state else y
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Advances the recurrence of :func:`selective_scan` by one step.
+
+    Args:
+        state: (B, D, N), float32 or float64; not modified.
+        u: Input, (B, D). The other arguments are those of :func:`selective_scan` without time:
+            delta and z (B, D), B and C (B, N).
+
+    Returns:
+        y (B, D) in the dtype of ``u``, and the new state (B, D, N) in the dtype of ``state``.
+    """
+    with _no_autocast(u.device):
+        work = state.dtype
+        x = u.to(work)
+        dt = _step_size(delta.to(work), delta_bias, delta_softplus)
+        decay = torch.exp(dt.unsqueeze(-1) * A.to(work))
+        state = torch.addcmul((dt * x).unsqueeze(-1) * B.to(work).unsqueeze(1), decay, state)
+        y = (state * C.to(work).unsqueeze(1)).sum(-1)
+        return _skip_and_gate(y, x, D, z).to(u.dtype), state
+
+
+def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    if bias is not None:
+        delta = delta + bias.to(delta.dtype)
+    return F.softplus(delta) if softplus else delta
+
+
+def _skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    if D is not None:
+        y = torch.addcmul(y, u, D.to(y.dtype))
+    return y if z is None else y * F.silu(z.to(y.dtype))
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The recurrence compounds rounding errors over time, so mixed precision stops here."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _work_dtype(inputs: ScanInputs) -> torch.dtype:
+    wide = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in inputs)
+    return torch.float64 if wide else torch.float32
+
+
+def _reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written down, one step at a time."""
+    work = _work_dtype(inputs)
+    u, A, B, C = (t.to(work) for t in (inputs.u, inputs.A, inputs.B, inputs.C))
+    dt = _step_size(inputs.delta.to(work), inputs.delta_bias, inputs.delta_softplus)
+    h = u.new_zeros(u.shape[0], *A.shape) if inputs.h0 is None else inputs.h0.to(work)
+    outputs = []
+    for t in range(u.shape[1]):
+        decay = torch.exp(dt[:, t, :, None] * A)
+        if inputs.reset is not None:
+            decay = decay.masked_fill(inputs.reset[:, t, None, None], 0.0)
+        h = decay * h + (dt[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        outputs.append((h * C[:, t, None, :]).sum(-1))
+    y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
+    return _skip_and_gate(y, u, inputs.D, inputs.z).to(inputs.u.dtype), h
+
+
+def _torch(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
+    """The blocked scan of :mod:`mail_agents.ops._scan_torch`; bias, skip and gate by autograd."""
+    work = _work_dtype(inputs)
+    u, delta, A, B, C = (t.to(work).contiguous() for t in inputs[:5])
+    dt = _step_size(delta, inputs.delta_bias, inputs.delta_softplus)
+    h0 = None if inputs.h0 is None else inputs.h0.to(work)
+    if u.numel() == 0 or A.numel() == 0:
+        y = torch.zeros_like(u)
+        last = u.new_zeros(u.shape[0], *A.shape) if h0 is None else h0.clone()
+    else:
+        args = (u, dt, A, B, C, h0, inputs.reset, inputs.return_state)
+        y, last = SelectiveScan.apply(*args)  # type: ignore[misc]
+    return _skip_and_gate(y, u, inputs.D, inputs.z).to(inputs.u.dtype), last
+
+
+def _refuse_cuda(inputs: ScanInputs) -> str | None:
+    missing = refuse_without(SELECTIVE_SCAN_CUDA, inputs.u.is_cuda)
+    return _scan_cuda.limits(inputs) if missing is None else missing
+
+
+_CANDIDATES = (
+    Candidate("cuda", _scan_cuda.run, _refuse_cuda, SELECTIVE_SCAN_CUDA),
+    Candidate("torch", _torch, refuse_torch_func),
+    Candidate("reference", _reference, lambda _: None),
+)
