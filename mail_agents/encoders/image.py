@@ -52,7 +52,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with group normalisation, without its head: ``(B,3,h,w)`` to ``(B,512,h/32,w/32)``."""
+    """Group-normalised ResNet-18 without its head: ``(B, 3, h, w)`` to ``(B, 512, h/32, w/32)``."""
 
     out_channels = 512
 

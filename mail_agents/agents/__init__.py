@@ -1,0 +1,1 @@
+"""The agents that are this project's reason to exist; made by name through the registry."""

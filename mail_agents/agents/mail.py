@@ -1,0 +1,173 @@
+"""MaIL: imitation learning with Mamba (Jia et al., CoRL 2024, arXiv:2406.08234).
+
+Eight published variants are presets of one agent: {decoder-only, encoder-decoder} x {Mamba,
+Transformer} x {behaviour cloning, diffusion}; see ``docs/agents/mail.md``. Differences from the
+released code, each reversed by the ``-released`` presets:
+
+- short histories at the start of an episode are filled by repeating the first observation, in
+  training and in acting; the release trains on full histories only and meets its first short one
+  when acting, with positions it has learnt for other tokens;
+- Mamba blocks keep Mamba's own initial weights; the release overwrites them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mail_agents.agent import Agent, Policy
+from mail_agents.agents.mail_backbone import MailBackbone
+from mail_agents.agents.mail_config import MailConfig, StackConfig
+from mail_agents.encoders.language import HashEmbedder
+from mail_agents.encoders.observation import ObservationEncoder
+from mail_agents.errors import InvalidInputError, MissingStatisticsError
+from mail_agents.features import FeatureSpec
+from mail_agents.objectives import Objective
+from mail_agents.objectives.bc import BC
+
+__all__ = ["MailAgent", "MailBackbone", "MailConfig", "MailPolicy", "StackConfig"]
+
+#: Length of a task embedding, that of the CLIP text tower of the released code.
+LANGUAGE_DIM = 512
+
+
+def repeat_first_valid(x: Tensor, mask: Tensor) -> Tensor:
+    """Replaces padded steps at the start of each row by the first valid one.
+
+    Args:
+        x: ``(B, H, ...)``.
+        mask: ``(B, H)`` bool; False steps come first.
+    """
+    first = mask.to(torch.uint8).argmax(dim=1, keepdim=True)
+    steps = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    return x[rows, torch.maximum(steps, first)]
+
+
+class MailPolicy(Policy):
+    """Encoders, sequence model and objective over normalised windows.
+
+    Args:
+        config: Configuration.
+        features: Observations and action.
+
+    Raises:
+        InvalidInputError: An observation has no encoder.
+    """
+
+    action_low: Tensor
+    action_high: Tensor
+
+    def __init__(self, config: MailConfig, features: FeatureSpec) -> None:
+        super().__init__()
+        self.history = config.history
+        self.padding = config.padding
+        self.chunk = (config.horizon, features.action.size)
+        self.observation_encoder = ObservationEncoder(features.observations, config.feature_width)
+        feature_dim = self.observation_encoder.out_dim
+        with_language = config.language != "none"
+        self.language = nn.Linear(LANGUAGE_DIM, feature_dim) if with_language else None
+        self.backbone = MailBackbone(
+            feature_dim=feature_dim,
+            action_dim=features.action.size,
+            max_states=config.history + int(with_language),
+            horizon=config.horizon,
+            width=config.width,
+            encoder=config.encoder,
+            decoder=config.decoder,
+            diffusion=config.objective == "ddpm",
+            init=config.init,
+        )
+        self.objective = _objective(config)
+        unknown = torch.full((features.action.size,), torch.nan)
+        self.register_buffer("action_low", unknown.clone())
+        self.register_buffer("action_high", unknown.clone())
+
+    def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
+        """Sets the range, in normalised units, that diffusion samples are clamped to; ``(A,)``."""
+        self.action_low.copy_(low.reshape(-1))
+        self.action_high.copy_(high.reshape(-1))
+
+    def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Encodes a batch's observations to state features ``(B, n, F)``.
+
+        n is the history length given, plus one for a language token (placed first).
+
+        Raises:
+            InvalidInputError: The policy was made without padding and a step is masked.
+        """
+        observations = {key: batch[f"obs/{key}"] for key in self.observation_encoder.keys}
+        mask = batch["mask"]
+        if self.padding == "edge":
+            observations = {k: repeat_first_valid(x, mask) for k, x in observations.items()}
+        elif not bool(mask.all()):
+            raise InvalidInputError(
+                "This policy was made with padding='none' and cannot see padded steps: give it "
+                "only the steps that exist, or make it with padding='edge'."
+            )
+        features = self.observation_encoder(observations)
+        if self.language is None:
+            return features
+        return torch.cat((self.language(batch["task_emb"]).unsqueeze(1), features), dim=1)
+
+    def loss(
+        self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :class:`~mail_agents.agent.Policy`; targets masked by ``action_mask`` are ignored."""
+        features = self.encode(batch)
+        loss = self.objective.training_loss(
+            lambda noisy, t: self.backbone(features, noisy, t),
+            batch["action"],
+            batch["action_mask"],
+            generator,
+        )
+        return loss, {}
+
+    def sample(
+        self,
+        batch: Mapping[str, Tensor],
+        generators: Sequence[torch.Generator],
+        deterministic: bool,
+    ) -> Tensor:
+        """See :class:`~mail_agents.agent.Policy`; observations are encoded once per plan.
+
+        Raises:
+            MissingStatisticsError: A diffusion policy does not know the action bounds.
+        """
+        if self.objective.conditions_on_noise and bool(self.action_low.isnan().any()):
+            raise MissingStatisticsError(
+                "A diffusion policy clamps to the range of the training actions and was not given "
+                "it. Call agent.fit_statistics(dataset), or policy.set_action_bounds(low, high)."
+            )
+        features = self.encode(batch)
+        return self.objective.sample(
+            lambda noisy, t: self.backbone(features, noisy, t),
+            (features.shape[0], *self.chunk),
+            generators,
+            deterministic=deterministic,
+            low=self.action_low,
+            high=self.action_high,
+        )
+
+
+def _objective(config: MailConfig) -> Objective:
+    if config.objective == "bc":
+        return BC()
+    # diffusers takes seconds to import, and behaviour cloning does not need it.
+    from mail_agents.objectives.diffusion import DDPM
+
+    return DDPM(config.diffusion_steps)
+
+
+class MailAgent(Agent):
+    """MaIL in time and units; see :class:`~mail_agents.agent.Agent` for the arguments."""
+
+    config: MailConfig
+
+    def build_policy(self) -> MailPolicy:
+        """Builds the network from ``self.config`` and ``self.features``."""
+        return MailPolicy(self.config, self.features)
+
+    def task_embedder(self) -> HashEmbedder | None:
+        """Returns the embedder of task names when the agent has a language token."""
+        return HashEmbedder(LANGUAGE_DIM) if self.config.language == "hash" else None

@@ -1,0 +1,208 @@
+"""The sequence model of MaIL: observation features and a noisy chunk in, a chunk out.
+
+Four variants from two switches (arXiv:2406.08234, figures 1 and 2; arithmetic as in the released
+code, github.com/ALRhub/MaIL, ``agents/models/{oc_ddpm,bc}``):
+
+    variant   encoder             decoder
+    D-Ma      none                Mamba stack over [tau | states | actions]
+    ED-Ma     Mamba stack over    Mamba stack over [TV | SV | actions]; the encoder output is added
+              [tau|states|AV]     to the residual stream after every block
+    D-Tr      none                causal attention over [tau | states | actions]
+    ED-Tr     causal attention    fused causal self- and cross-attention over [actions], with the
+              over [tau|states]   encoder output as memory
+
+``tau`` is the diffusion step; behaviour cloning has neither ``tau`` nor TV, and learnt queries in
+place of noisy actions. AV, TV and SV are learnt variables that give encoder and decoder the same
+length and the same order of roles. Encoder and decoder may use different mixers: the decoder's
+mixer decides how they are joined.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mail_agents.agents.mail_config import StackConfig
+from mail_agents.errors import InvalidInputError
+from mail_agents.mixers.mamba import Mamba
+from mail_agents.mixers.stack import MambaStack, TransformerStack
+
+_INIT_STD = 0.02
+
+
+class StepEmbedding(nn.Module):
+    """Diffusion step to a token: sinusoids, then a two-layer Mish perceptron.
+
+    Args:
+        width: Token width; half of it sine, half cosine, of geometric frequencies 1 .. 1e-4.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        rates = torch.exp(-math.log(1e4) * torch.arange(half) / (half - 1))
+        self.register_buffer("frequencies", rates, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.Mish(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embeds integer steps ``(B,)`` as ``(B, width)``."""
+        angles = t.unsqueeze(-1) * self.frequencies
+        return self.mlp(torch.cat((angles.sin(), angles.cos()), dim=-1))
+
+
+class MailBackbone(nn.Module):
+    """State features (and a noisy chunk with its diffusion step) to a chunk.
+
+    Args:
+        feature_dim: F, width of the observation features.
+        action_dim: A.
+        max_states: Largest number of state tokens: the history, plus one for a language token.
+        horizon: J, predicted actions.
+        width: D, token width.
+        encoder: Encoder stack; ``layers=0`` makes the model decoder-only.
+        decoder: Decoder stack.
+        diffusion: Whether the model denoises a chunk (else it regresses one).
+        init: See :class:`~mail_agents.agents.mail_config.MailConfig`.
+    """
+
+    def __init__(
+        self,
+        *,
+        feature_dim: int,
+        action_dim: int,
+        max_states: int,
+        horizon: int,
+        width: int,
+        encoder: StackConfig,
+        decoder: StackConfig,
+        diffusion: bool,
+        init: Literal["mamba", "upstream"] = "mamba",
+    ) -> None:
+        super().__init__()
+        self.max_states = max_states
+        self.horizon = horizon
+        self.diffusion = diffusion
+        length = int(diffusion) + max_states + horizon
+        self.state_proj = nn.Linear(feature_dim, width)
+        # The newest state and the first action share row max_states - 1. Behaviour cloning never
+        # reads the rows after it; they stay so that sizes equal the published model's.
+        self.positions = nn.Embedding(max_states + horizon - 1, width)
+        if diffusion:
+            self.step_embedding = StepEmbedding(width)
+            self.action_proj = nn.Linear(action_dim, width)
+        else:
+            self.action_queries = nn.Embedding(horizon, width)
+        has_encoder = encoder.layers > 0
+        self.encoder = _stack(encoder, width, length, cross=False) if has_encoder else None
+        self.decoder = _stack(decoder, width, length, cross=has_encoder)
+        #: Whether encoder and decoder are joined by addition, which needs equal lengths.
+        self.aligned = has_encoder and decoder.mixer == "mamba"
+        if self.aligned:
+            self.action_variables = nn.Embedding(horizon, width)
+            # Row 0 is the time variable TV when there is a time token.
+            self.state_variables = nn.Embedding(int(diffusion) + max_states, width)
+        self.head = nn.Linear(width, action_dim)
+        self._init_weights(init)
+
+    def forward(
+        self, features: Tensor, noisy: Tensor | None = None, t: Tensor | None = None
+    ) -> Tensor:
+        """Predicts noise (diffusion) or normalised actions (behaviour cloning).
+
+        Args:
+            features: ``(B, n, F)`` with 1 <= n <= ``max_states``, oldest first, the newest
+                observation last, a language token first.
+            noisy: ``(B, J, A)`` noisy actions; diffusion only.
+            t: ``(B,)`` int64 diffusion steps; diffusion only.
+
+        Returns:
+            ``(B, J, A)``.
+
+        Raises:
+            InvalidInputError: There are no or too many state tokens, or ``noisy`` and ``t`` do not
+                suit the objective.
+        """
+        self._check(features, noisy, t)
+        time, states, actions = self._tokens(features, noisy, t)
+        if self.encoder is None:
+            out = self.decoder(torch.cat((*time, states, actions), dim=1))
+        elif self.aligned:
+            z, u = self._aligned(time, states, actions)
+            out = self.decoder(u, aggregate=self.encoder(z))
+        else:
+            out = self.decoder(actions, memory=self.encoder(torch.cat((*time, states), dim=1)))
+        return self.head(out[:, -self.horizon :])
+
+    def _tokens(
+        self, features: Tensor, noisy: Tensor | None, t: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Builds [tau] or [], state tokens ``(B, n, D)`` and action tokens ``(B, J, D)``."""
+        batch_size, n = features.shape[:2]
+        rows = self.positions.weight
+        states = self.state_proj(features) + rows[:n]
+        if noisy is None or t is None:
+            return [], states, self.action_queries.weight.expand(batch_size, -1, -1)
+        actions = self.action_proj(noisy) + rows[n - 1 : n - 1 + self.horizon]
+        return [self.step_embedding(t).unsqueeze(1)], states, actions
+
+    def _aligned(
+        self, time: list[Tensor], states: Tensor, actions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pads both branches to the same length: encoder input Z and decoder input U."""
+        batch_size, n = states.shape[:2]
+        fill = self.action_variables.weight.expand(batch_size, -1, -1)
+        lead = self.state_variables.weight[: len(time) + n].expand(batch_size, -1, -1)
+        return torch.cat((*time, states, fill), dim=1), torch.cat((lead, actions), dim=1)
+
+    def _check(self, features: Tensor, noisy: Tensor | None, t: Tensor | None) -> None:
+        if features.ndim != 3 or not 1 <= features.shape[1] <= self.max_states:
+            raise InvalidInputError(
+                f"The model takes 1 to {self.max_states} state tokens (B, n, F); got features of "
+                f"shape {tuple(features.shape)}."
+            )
+        if self.diffusion != (noisy is not None) or self.diffusion != (t is not None):
+            kind = "needs" if self.diffusion else "does not take"
+            raise InvalidInputError(
+                f"This model {kind} noisy actions and their diffusion steps: diffusion models are "
+                "given both, behaviour-cloning models neither."
+            )
+        if noisy is not None and noisy.shape[1] != self.horizon:
+            raise InvalidInputError(
+                f"Expected {self.horizon} noisy actions per row; got shape {tuple(noisy.shape)}."
+            )
+
+    @torch.no_grad()
+    def _init_weights(self, init: Literal["mamba", "upstream"]) -> None:
+        own = {
+            id(part)
+            for mixer in self.modules()
+            if isinstance(mixer, Mamba)
+            for part in mixer.modules()
+        }
+        for module in self.modules():
+            if init == "mamba" and id(module) in own:
+                continue
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.positions.weight)
+
+
+def _stack(config: StackConfig, width: int, max_len: int, *, cross: bool) -> nn.Module:
+    if config.mixer == "mamba":
+        return MambaStack(
+            width,
+            config.layers,
+            d_state=config.d_state,
+            d_conv=config.d_conv,
+            expand=config.expand,
+        )
+    return TransformerStack(
+        width, config.layers, config.heads, config.dropout, max_len=max_len, cross=cross
+    )

@@ -1,0 +1,83 @@
+"""Configuration of MaIL agents; imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mail_agents.config import AgentConfig
+from mail_agents.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """A stack of sequence-mixing blocks. Fields of the other mixer are ignored."""
+
+    mixer: Literal["mamba", "attention"] = "mamba"
+    """What mixes tokens: a Mamba-1 block, or causal attention with an MLP."""
+    layers: int = 8
+    """Number of blocks."""
+    d_state: int = 16
+    """Mamba: state size N."""
+    d_conv: int = 4
+    """Mamba: kernel of the causal convolution."""
+    expand: int = 2
+    """Mamba: inner width over model width."""
+    heads: int = 4
+    """Attention: number of heads."""
+    dropout: float = 0.0
+    """Attention: dropout of attention weights and residual branches."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 0 or min(self.d_state, self.d_conv, self.expand, self.heads) < 1:
+            raise InvalidInputError(
+                "StackConfig needs layers >= 0 and d_state, d_conv, expand, heads >= 1; "
+                f"got {self}."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise InvalidInputError(f"dropout must be in [0, 1); got {self.dropout}.")
+
+
+@dataclass(frozen=True)
+class MailConfig(AgentConfig):
+    """MaIL (arXiv:2406.08234): encoder-decoder Mamba with a diffusion head by default."""
+
+    history: int = 5
+    """Observed steps shown to the policy, the current one included."""
+    horizon: int = 5
+    """Predicted actions per plan (chunk length)."""
+    ema_decay: float | None = 0.995
+    """Decay of the exponential moving average of the weights used for acting; None for no EMA."""
+    width: int = 128
+    """Token width."""
+    encoder: StackConfig = field(default_factory=lambda: StackConfig(layers=8, d_state=8, d_conv=2))
+    """Encoder; 0 layers make the agent decoder-only."""
+    decoder: StackConfig = field(
+        default_factory=lambda: StackConfig(layers=10, d_state=8, d_conv=2)
+    )
+    """Decoder."""
+    objective: Literal["bc", "ddpm"] = "ddpm"
+    """Regression of the chunk, or diffusion over it."""
+    diffusion_steps: int = 16
+    """Diffusion steps in training and in sampling."""
+    init: Literal["mamba", "upstream"] = "mamba"
+    """'mamba': Mamba's own initial weights inside Mamba blocks. 'upstream': N(0, 0.02^2) for every
+    linear layer, as the released code does, which also resets the discretisation step."""
+    language: Literal["none", "hash"] = "none"
+    """'hash': prepend one token made from the task name."""
+    feature_width: int = 128
+    """Features per observation key; keys are concatenated in alphabetical order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.diffusion_steps, self.feature_width, self.decoder.layers) < 1:
+            raise InvalidInputError(
+                "MailConfig needs diffusion_steps, feature_width and decoder.layers of at least 1; "
+                f"got {self.diffusion_steps}, {self.feature_width}, {self.decoder.layers}. "
+                "(encoder.layers may be 0: decoder-only.)"
+            )
+        if self.width < 4 or self.width % 2:
+            raise InvalidInputError(f"width must be even and at least 4; got {self.width}.")
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if stack.mixer == "attention" and self.width % stack.heads:
+                raise InvalidInputError(
+                    f"width={self.width} is not divisible by {name}.heads={stack.heads}."
+                )
