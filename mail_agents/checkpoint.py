@@ -354,6 +354,11 @@ def save_checkpoint(run: str | Path, step: int, agent: "Agent", loop: Mapping[st
     return final
 
 
+def has_checkpoint(run: str | Path) -> bool:
+    """Whether a run ever completed a checkpoint."""
+    return (Path(run) / "checkpoints" / "last").exists()
+
+
 def last_checkpoint(run: str | Path) -> Path:
     """Returns the directory of the newest complete checkpoint.
 
@@ -362,11 +367,8 @@ def last_checkpoint(run: str | Path) -> Path:
     """
     root = Path(run) / "checkpoints"
     pointer = root / "last"
-    if not pointer.exists():
-        raise CorruptFileError(
-            f"{run} holds no complete checkpoint ({pointer} is missing). Start the run without "
-            "--resume, in another directory."
-        )
+    if not has_checkpoint(run):
+        raise CorruptFileError(f"{run} holds no complete checkpoint ({pointer} is missing).")
     found = root / pointer.read_text().strip()
     if not (found / STATE_NAME).exists():
         present = sorted(path.name for path in root.glob("step-*"))

@@ -1,11 +1,11 @@
 """Roll out a trained artifact, or an untrained reference agent, on fixed and seeded episodes.
 
-    python scripts/evaluate.py --agent runs/demo/agent.safetensors --episodes 50
+    python scripts/evaluate.py --agent runs/mail-ed-ma-bc-s0 --episodes 50 --output runs/scores
     python scripts/evaluate.py --agent random --env mail_envs:metaworld/reach-v3 --episodes 50
 
 An artifact remembers the environments of its dataset, so --env is only needed to go elsewhere.
-Expect one line per task ("42/50 solved, 0.71-0.92" is the 95% Wilson interval), episodes.jsonl and
-summary.json per task under --output, and videos when asked for.
+Expect one line per task ("42/50 solved, 0.71-0.92" is the 95% Wilson interval) and, with --output,
+episodes.jsonl and summary.json per task, and videos when asked for.
 """
 
 import json
@@ -53,8 +53,8 @@ class Args:
     """Weights that act."""
     videos: int = 0
     """Successful and failed episodes to record per task."""
-    output: str = "runs/evaluation"
-    """Directory for results; one folder per task."""
+    output: str | None = None
+    """New directory for episodes, summaries and videos, one folder per task; None writes nothing."""
     device: str = "auto"
     """'auto', 'cpu' or 'cuda'."""
     as_json: bool = False
@@ -102,7 +102,11 @@ def main(args: Args) -> None:
     """Evaluates every task and writes the results."""
     console = Console(quiet=args.as_json, soft_wrap=True)
     agent = load_or_make(args)
-    output = Path(args.output)
+    output = None if args.output is None else Path(args.output)
+    if output is None and args.videos:
+        raise InvalidInputError("Videos need a place: give --output DIRECTORY.")
+    if output is not None and (output / "summary.json").exists():
+        raise InvalidInputError(f"{output} already holds an evaluation; choose another --output.")
     summaries = {}
     console.print(
         f"{agent.agent_id}: history {agent.config.history}, executes {agent.config.executed} of "
@@ -117,16 +121,17 @@ def main(args: Args) -> None:
                 seed=args.seed,
                 n_envs=args.n_envs,
                 deterministic=args.deterministic,
-                directory=output / world.task,
+                directory=None if output is None else output / world.task,
                 videos=args.videos,
             )
         console.print(f"{world.task}: {evaluation}")
         summaries[world.task] = evaluation.summary()
     text = json.dumps(summaries, indent=2, sort_keys=True)
-    write_atomic(output / "summary.json", (text + "\n").encode())
     if args.as_json:
         print(text)
-    console.print(f"results  {output}")
+    if output is not None:
+        write_atomic(output / "summary.json", (text + "\n").encode())
+        console.print(f"results  {output}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rich.progress import track
 import mail_agents
 from mail_agents.agent import Agent
 from mail_agents.checkpoint import (
+    has_checkpoint,
     last_checkpoint,
     load_checkpoint,
     restore_training_state,
@@ -95,7 +96,8 @@ class Args:
 
 def prepare(args: Args, dataset: TrajectoryDataset, train: list[int]) -> tuple[Agent, dict]:
     """Makes a new agent, or loads the one to resume with the state of its loop."""
-    if args.resume is None:
+    if args.resume is None or not has_checkpoint(args.run_dir):
+        # A run killed before its first checkpoint starts again, with the same seeds.
         agent = mail_agents.make(
             args.agent, dataset.features, config=args.config, device=args.device, seed=args.seed
         )
