@@ -45,7 +45,7 @@ class Normalizer(nn.Module):
     scale: Tensor
     minimum: Tensor
     maximum: Tensor
-    fitted: Tensor
+    known: Tensor
 
     def __init__(self, mode: NormMode, shape: tuple[int, ...], name: str = "") -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Normalizer(nn.Module):
         self.register_buffer("scale", torch.ones(self.shape))
         self.register_buffer("minimum", torch.zeros(self.shape))
         self.register_buffer("maximum", torch.zeros(self.shape))
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
         # A Python copy: reading the buffer would wait for the accelerator on every call.
         self._fitted = False
 
@@ -69,7 +69,7 @@ class Normalizer(nn.Module):
         return f"{self.mode}, shape={self.shape}, fitted={self._fitted}"
 
     @property
-    def is_fitted(self) -> bool:
+    def fitted(self) -> bool:
         """Whether statistics were fitted or loaded."""
         return self._fitted
 
@@ -82,7 +82,8 @@ class Normalizer(nn.Module):
         """
         if np.shape(stats.mean) != self.shape:
             raise FeatureMismatchError(
-                f"{self._label()}: statistics have shape {np.shape(stats.mean)}, expected {self.shape}."
+                f"{self._label()}: statistics have shape {np.shape(stats.mean)}, expected "
+                f"{self.shape}."
             )
         offset, scale = self._affine(stats)
         values = {"offset": offset, "scale": scale, "minimum": stats.min, "maximum": stats.max}
@@ -91,7 +92,7 @@ class Normalizer(nn.Module):
                 raise InvalidInputError(f"{self._label()}: statistic {name!r} is NaN or infinite.")
             # Two steps: float64 does not exist on every accelerator.
             getattr(self, name).copy_(torch.as_tensor(np.asarray(value, np.float32)))
-        self.fitted.fill_(True)
+        self.known.fill_(True)
         self._fitted = True
         return self
 
@@ -137,11 +138,11 @@ class Normalizer(nn.Module):
     def _require(self) -> None:
         if not self._fitted:
             raise MissingStatisticsError(
-                f"{self._label()} ({self.mode}, shape {self.shape}): statistics missing. Fit it with "
-                f"normalizer.fit(dataset.stats(train_episodes)[{self.name or 'key'!r}]), or load an "
-                "artifact that holds them; weights alone cannot act."
+                f"{self._label()} ({self.mode}, shape {self.shape}): statistics missing. Fit it "
+                f"with normalizer.fit(dataset.stats(train_episodes)[{self.name or 'key'!r}]), or "
+                "load an artifact that holds them; weights alone cannot act."
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._fitted = bool(self.fitted)
+        self._fitted = bool(self.known)

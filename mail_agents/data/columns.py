@@ -24,7 +24,7 @@ INFO = "info/"
 
 
 def episode_columns(episode: Episode) -> dict[str, np.ndarray]:
-    """Names the arrays of an episode: ``obs/<key>``, ``action``, ``reward``, ..., ``info/<key>``."""
+    """Names the arrays of an episode: ``obs/<key>``, ``action``, ``reward``, ``info/<key>``."""
     out = {OBSERVATION + key: array for key, array in sorted(episode.observations.items())}
     out["action"] = episode.actions
     out["reward"] = episode.rewards
@@ -56,21 +56,21 @@ def make_entry(episode: Episode, source_id: str | None) -> dict[str, Any]:
     """Describes one episode as JSON-ready data: everything except its arrays.
 
     Raises:
-        InvalidInputError: ``meta`` is not JSON-ready, or an array has a dtype that cannot be stored.
+        InvalidInputError: ``meta`` is not JSON-ready, or a dtype cannot be stored.
     """
     try:
         meta = json.loads(canonical_json(dict(episode.meta)))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(
-            f"Episode {source_id or ''}: meta is not JSON-ready ({error}). Keep only text, numbers, "
-            "booleans, lists and dictionaries there; put arrays with a time axis into infos."
+            f"Episode {source_id or ''}: meta is not JSON-ready ({error}). Keep only text, "
+            "numbers, booleans, lists and dictionaries; put arrays with a time axis into infos."
         ) from error
     columns = {}
     for name, array in episode_columns(episode).items():
         if array.dtype.kind not in "biufcUS":
             raise InvalidInputError(
-                f"Episode {source_id or ''}: {name!r} has dtype {array.dtype}; only numbers, booleans "
-                "and text can be stored."
+                f"Episode {source_id or ''}: {name!r} has dtype {array.dtype}; only numbers, "
+                "booleans and text can be stored."
             )
         columns[name] = {
             "dtype": array.dtype.str,
@@ -197,7 +197,7 @@ class Ledger:
         """Raises when an episode does not fit the ones before it.
 
         Raises:
-            FeatureMismatchError: Keys, shapes or dtypes differ, or contradict the declared features.
+            FeatureMismatchError: Keys, shapes or dtypes differ, or contradict the declaration.
         """
         label = f"Episode {len(self.entries)}"
         if entry["source_id"] is not None:
@@ -209,7 +209,8 @@ class Ledger:
             if expected != found:
                 missing, extra = sorted(expected - found), sorted(found - expected)
                 raise FeatureMismatchError(
-                    f"{label}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}. {remedy}"
+                    f"{label}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}. "
+                    f"{remedy}"
                 )
         for name, item in entry["columns"].items():
             column, known = _column(item), self.columns.get(name)
@@ -296,7 +297,7 @@ def _merge_features(declared: FeatureSpec, found: FeatureSpec) -> FeatureSpec:
     if set(declared.observations) != set(found.observations):
         raise FeatureMismatchError(
             f"Declared observations {sorted(declared.observations)} differ from those recorded, "
-            f"{sorted(found.observations)}. Declare the features of the environment that was recorded."
+            f"{sorted(found.observations)}. Declare the features of the recorded environment."
         )
 
     def merge(name: str, left: Feature, right: Feature) -> Feature:
@@ -328,9 +329,9 @@ def npy_header(dtype: np.dtype, shape: Sequence[int]) -> bytes:
     return buffer.getvalue()
 
 
-def raw_bytes(array: np.ndarray) -> np.ndarray:
-    """C-ordered bytes of an array as a flat uint8 view (a copy only when it is not contiguous)."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """C-ordered bytes of an array, without a copy unless it is not contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def array_sha256(array: np.ndarray) -> str:

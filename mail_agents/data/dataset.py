@@ -24,6 +24,7 @@ from mail_agents.data.stats import FeatureStats, feature_stats
 from mail_agents.data.windows import WindowSpec, WindowView, episode_array
 from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.features import FeatureSpec
+from mail_agents.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,30 @@ class MemoryDataset(ArrayDataset):
         super().__init__(info, ledger.features(), columns, table)
 
 
+def split_episodes(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Splits episode indices at random into training and held-out ones, both in order.
+
+    Args:
+        n: Number of episodes.
+        fraction: Share held out, in [0, 1). A positive share holds out at least one episode and
+            leaves at least one for training.
+        seed: Root seed; the split depends on nothing else.
+
+    Raises:
+        InvalidInputError: The share is out of range, or one episode is to be split.
+    """
+    if not 0 <= fraction < 1:
+        raise InvalidInputError(f"Held-out share {fraction} is not in [0, 1).")
+    if fraction == 0:
+        return list(range(n)), []
+    if n < 2:
+        raise InvalidInputError(f"{n} episode cannot be split; use a held-out share of 0.")
+    count = min(max(1, round(n * fraction)), n - 1)
+    rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "data", 0, 1)))
+    order = rng.permutation(n).tolist()
+    return sorted(order[count:]), sorted(order[:count])
+
+
 def select_demos(
     keys: Sequence[str], n: int | None = None, mode: Literal["first", "mail_legacy"] = "first"
 ) -> list[str]:
@@ -307,8 +332,8 @@ def select_demos(
             ten of fifty are then 0, 1, 12, 23, 34, 45, 46, 47, 48 and 49.
 
     Raises:
-        InvalidInputError: There are fewer than ``n`` keys, a key has no number, the mode is unknown,
-            or the legacy rule picks a number that the file does not have (gaps in the numbering).
+        InvalidInputError: There are fewer than ``n`` keys, a key has no number, the mode is
+            unknown, or the legacy rule picks a number that the numbering skips.
     """
     if mode not in ("first", "mail_legacy"):
         raise InvalidInputError(
@@ -333,7 +358,7 @@ def select_demos(
     missing = [int(i) for i in positions if int(i) not in by_number]
     if missing:
         raise InvalidInputError(
-            f"mail_legacy selects demonstration numbers {missing}, which do not exist: the numbering "
-            "has gaps. Use mode='first'."
+            f"mail_legacy selects demonstration numbers {missing}, which do not exist: the "
+            "numbering has gaps. Use mode='first'."
         )
     return [by_number[int(i)] for i in positions]

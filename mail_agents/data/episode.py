@@ -15,8 +15,8 @@ def _checked(name: str, value: Any, length: int | tuple[int, ...], where: str) -
     lengths = (length,) if isinstance(length, int) else length
     if array.dtype == object:
         raise InvalidInputError(
-            f"{where}: {name!r} holds Python objects (ragged rows or None); expected one numeric or "
-            "text array with time as its first axis."
+            f"{where}: {name!r} holds Python objects (ragged rows or None); expected one "
+            "numeric or text array with time as its first axis."
         )
     if array.ndim == 0 or array.shape[0] not in lengths:
         rows = array.shape[0] if array.ndim else "no"

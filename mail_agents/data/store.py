@@ -2,8 +2,8 @@
 
 Layout: ``manifest.json`` (schema, features, tasks, environment specs, source, reference scores,
 library versions, and a table of files with sha256, bytes, dtype and shape), one flat ``.npy`` per
-feature, ``episodes.npz`` (lengths, offsets, task ids, seeds), ``episodes.jsonl`` (source id and meta
-of each episode) and ``stats.json``. Nothing in it is ever unpickled.
+feature, ``episodes.npz`` (lengths, offsets, task ids, seeds), ``episodes.jsonl`` (source id and
+meta of each episode) and ``stats.json``. Nothing in it is ever unpickled.
 """
 
 import json
@@ -130,8 +130,8 @@ def _check_rows(folder: Path, table: EpisodeTable, columns: Mapping[str, np.ndar
         rows = int(table.row_counts(name).sum())
         if rows != len(array):
             raise CorruptFileError(
-                f"{folder / TABLES}: the episodes have {rows} rows of {name!r}, its file {len(array)}. "
-                f"{RECONVERT}"
+                f"{folder / TABLES}: the episodes have {rows} rows of {name!r}, its file "
+                f"{len(array)}. {RECONVERT}"
             )
 
 

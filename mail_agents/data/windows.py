@@ -1,4 +1,4 @@
-"""Windows: the fixed-size views of episodes that a network is trained on, computed and not stored."""
+"""Windows: the fixed-size views of episodes that networks train on, computed and not stored."""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -20,11 +20,19 @@ from mail_agents.data.columns import (
     episode_columns,
     is_text,
     make_entry,
-    npy_header,
     raw_bytes,
 )
 from mail_agents.data.dataset import ArrayDataset, DatasetInfo
 from mail_agents.data.episode import Episode
+from mail_agents.data.files import (
+    ColumnFile,
+    stored_dtype,
+    swap_in,
+    sync_file,
+    sync_folder,
+    take_lock,
+    write_all,
+)
 from mail_agents.data.manifest import (
     FORMAT,
     LINES,
@@ -36,80 +44,12 @@ from mail_agents.data.manifest import (
     file_sha256,
     library_versions,
     partial_path,
-    replaced_path,
 )
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
 
 _JOURNAL = "journal.jsonl"
 _DATA = "data"
-_COPY_ROWS = 1 << 14
-
-
-def _write_all(file: BinaryIO, data: bytes | np.ndarray) -> None:
-    """Writes everything or raises; unbuffered, so that nothing is left to fail on close."""
-    view = memoryview(data)
-    while len(view):
-        view = view[file.write(view) :]
-
-
-class ColumnFile:
-    """One growing ``.npy`` file.
-
-    Args:
-        path: The file; it is continued when it exists.
-        column: dtype and shape of a row.
-        rows: Rows that are valid already; anything after them is overwritten.
-    """
-
-    def __init__(self, path: Path, column: Column, rows: int = 0) -> None:
-        self.path, self.column, self.rows = path, column, rows
-        self._header = len(npy_header(column.dtype, (0, *column.shape)))
-        fresh = not path.exists()
-        self._file: BinaryIO = open(path, "x+b" if fresh else "r+b", buffering=0)  # noqa: SIM115
-        if fresh:
-            _write_all(self._file, npy_header(column.dtype, (0, *column.shape)))
-
-    def write(self, array: np.ndarray, at: int) -> None:
-        """Writes rows from row ``at`` on, without making them valid."""
-        if array.dtype != self.column.dtype:  # narrower text
-            array = array.astype(self.column.dtype)
-        self._file.seek(self._header + at * self.column.row_bytes)
-        _write_all(self._file, raw_bytes(array))
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads rows ``start..stop-1``."""
-        self._file.seek(self._header + start * self.column.row_bytes)
-        data = self._file.read((stop - start) * self.column.row_bytes)
-        whole = len(data) // max(1, self.column.row_bytes)
-        array = np.frombuffer(data, self.column.dtype, whole * int(np.prod(self.column.shape)))
-        return array.reshape(whole, *self.column.shape)
-
-    def widen(self, dtype: np.dtype) -> None:
-        """Rewrites a text column for longer text."""
-        wide = Column(dtype, self.column.shape)
-        other = self.path.with_suffix(".wide")
-        other.unlink(missing_ok=True)
-        target = ColumnFile(other, wide)
-        for start in range(0, self.rows, _COPY_ROWS):
-            target.write(self.read(start, min(start + _COPY_ROWS, self.rows)), at=start)
-        target.close()
-        self.close()
-        os.replace(other, self.path)
-        self.column = wide
-        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
-
-    def finish(self) -> None:
-        """Writes the header, cuts what is not valid and forces the file to disk."""
-        self._file.seek(0)
-        _write_all(self._file, npy_header(self.column.dtype, (self.rows, *self.column.shape)))
-        self._file.truncate(self._header + self.rows * self.column.row_bytes)
-        os.fsync(self._file.fileno())
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 class StoreWriter:
@@ -168,7 +108,7 @@ class StoreWriter:
         self._check_target()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial.mkdir(exist_ok=True)
-        self._lock = _lock(self._partial / "lock")
+        self._lock = take_lock(self._partial / "lock")
         try:
             self._journal = self._resume() if resume else None
             if self._journal is None:
@@ -203,11 +143,11 @@ class StoreWriter:
         (self._partial / _JOURNAL).unlink(missing_ok=True)
         self._data.mkdir()
         journal = open(self._partial / _JOURNAL, "x+b", buffering=0)  # noqa: SIM115
-        _write_all(journal, canonical_json(self._identity()).encode() + b"\n")
+        write_all(journal, canonical_json(self._identity()).encode() + b"\n")
         return journal
 
     def _resume(self) -> BinaryIO | None:
-        """Continues the journal that is there, or returns None when there is nothing to continue."""
+        """Continues the journal that is there; None when there is nothing to continue."""
         path = self._partial / _JOURNAL
         if not path.is_file() or not self._data.is_dir():
             return None
@@ -217,13 +157,14 @@ class StoreWriter:
         if lines[0][1] != self._identity():
             raise InvalidInputError(
                 f"{self._partial} holds an unfinished conversion of something else (name "
-                f"{lines[0][1].get('name')!r}, source {lines[0][1].get('source')!r}). Finish that one, "
-                "delete the folder, or pass resume=False to discard it."
+                f"{lines[0][1].get('name')!r}, source {lines[0][1].get('source')!r}). Finish that "
+                "one, delete the folder, or pass resume=False to discard it."
             )
         if any(entry["source_id"] is None for _, entry in lines[1:]):
             raise InvalidInputError(
-                f"{self._partial} holds an unfinished store whose episodes have no source_id, so it "
-                "cannot be known which are missing. Delete the folder or pass resume=False to discard it."
+                f"{self._partial} holds an unfinished store whose episodes have no source_id, so "
+                "it cannot be known which are missing. Delete the folder, or pass resume=False to "
+                "discard it."
             )
         end = lines[0][0]
         for stop, entry in lines[1:]:
@@ -246,7 +187,7 @@ class StoreWriter:
                     return False
                 column = Column(np.dtype(item["dtype"]), tuple(item["shape"]))
                 if is_text(column.dtype):  # the file may be wider already
-                    column = Column(_stored_dtype(path, column.dtype), column.shape)
+                    column = Column(stored_dtype(path, column.dtype), column.shape)
                 file = self._files[name] = ColumnFile(path, column)
             rows = file.read(file.rows, file.rows + item["rows"]).astype(np.dtype(item["dtype"]))
             if len(rows) != item["rows"] or zlib.crc32(raw_bytes(rows)) != item["crc32"]:
@@ -295,7 +236,7 @@ class StoreWriter:
             assert self._journal is not None
             start = self._journal.tell()
             try:
-                _write_all(self._journal, canonical_json(entry).encode() + b"\n")
+                write_all(self._journal, canonical_json(entry).encode() + b"\n")
             except OSError:
                 self._journal.seek(start)
                 raise
@@ -354,15 +295,15 @@ class StoreWriter:
     def _commit(self) -> None:
         if not self._ledger.entries:
             raise InvalidInputError(
-                f"No episode was added, so there is no store to write at {self.path}. Check the filter "
-                "(for example only_successful) or the source."
+                f"No episode was added, so there is no store to write at {self.path}. Check the "
+                "filter (for example only_successful) or the source."
             )
         for file in self._files.values():
             file.finish()
         self._write_tables()
-        _sync_folder(self._data)
+        sync_folder(self._data)
         self._check_target()
-        _swap(self._data, self.path)
+        swap_in(self._data, self.path)
 
     def _write_tables(self) -> None:
         ledger, table = self._ledger, self._ledger.table()
@@ -398,7 +339,7 @@ class StoreWriter:
         stats_text = json.dumps({k: s.to_dict() for k, s in stats.items()}, sort_keys=True)
         (self._data / STATS).write_text(stats_text + "\n", encoding="utf-8")
         for name in (TABLES, LINES, STATS):
-            _sync_file(self._data / name)
+            sync_file(self._data / name)
             files[name] = _sums(self._data / name)
         manifest = {
             "format": FORMAT,
@@ -416,7 +357,7 @@ class StoreWriter:
             "files": files,
         }
         (self._data / MANIFEST).write_bytes(dump_manifest(manifest))
-        _sync_file(self._data / MANIFEST)
+        sync_file(self._data / MANIFEST)
 
 
 def _sums(path: Path) -> dict[str, Any]:
@@ -434,67 +375,3 @@ def _whole_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
             yield end, json.loads(line)
         except ValueError:
             return
-
-
-def _stored_dtype(path: Path, fallback: np.dtype) -> np.dtype:
-    with path.open("rb") as stream:
-        try:
-            np.lib.format.read_magic(stream)
-            return np.lib.format.read_array_header_1_0(stream)[2]
-        except ValueError:
-            return fallback
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there; renames are journaled by the file system
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Moves the finished folder into place; an existing store steps aside and comes back on failure."""
-    old = replaced_path(path)
-    present = (path / MANIFEST).is_file()
-    if present:
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    elif path.is_dir():
-        path.rmdir()
-    try:
-        os.rename(new, path)
-    except OSError:
-        if present:
-            os.rename(old, path)
-        raise
-    _sync_folder(path.parent)
-    if present:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _lock(path: Path) -> BinaryIO:
-    """Takes an exclusive lock that the operating system drops when the process ends."""
-    file = open(path, "a+b")  # noqa: SIM115
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise InvalidInputError(
-            f"Another process is writing this store ({path.parent} is locked). Wait for it to end."
-        ) from error
-    return file
