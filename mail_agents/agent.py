@@ -175,8 +175,12 @@ class Agent(ABC):
 
     @property
     def fitted(self) -> bool:
-        """Whether normalisation statistics are present."""
-        return all(cast(Normalizer, module).fitted for module in self.normalizers.values())
+        """Whether every normaliser that needs statistics has them."""
+        return not self._unfitted()
+
+    def _unfitted(self) -> list[str]:
+        modules = {name: cast(Normalizer, module) for name, module in self.normalizers.items()}
+        return [name for name, m in modules.items() if m.mode != "identity" and not m.fitted]
 
     def fit_statistics(
         self, dataset: TrajectoryDataset, episodes: Sequence[int] | None = None
@@ -218,17 +222,18 @@ class Agent(ABC):
 
     def on_statistics(self) -> None:
         """Passes what the policy needs to know about units; called after fitting and loading."""
-        low, high = cast(Normalizer, self.normalizers["action"]).bounds()
-        for policy in self._policies():
-            policy.set_action_bounds(low, high)
+        normalizer = cast(Normalizer, self.normalizers["action"])
+        if normalizer.fitted:
+            for policy in self._policies():
+                policy.set_action_bounds(*normalizer.bounds())
 
     def _policies(self) -> list[Policy]:
         averaged = [] if self.ema is None else [cast(Policy, self.ema.module)]
         return [self.policy, *averaged]
 
     def _require_fitted(self) -> None:
-        if not self.fitted:
-            missing = [k for k, m in self.normalizers.items() if not cast(Normalizer, m).fitted]
+        missing = self._unfitted()
+        if missing:
             raise MissingStatisticsError(
                 f"Agent {self.agent_id!r} has no normalisation statistics for {missing}. Call "
                 "agent.fit_statistics(dataset) before training, or load a trained artifact with "
@@ -263,7 +268,10 @@ class Agent(ABC):
             tensor = torch.as_tensor(value).to(self.device)
             if name in self.normalizers:
                 tensor = self.normalizers[name](tensor.float())
-            elif key.startswith("obs/") and key.removeprefix("obs/") not in self.features.observations:
+            elif (
+                key.startswith("obs/")
+                and key.removeprefix("obs/") not in self.features.observations
+            ):
                 continue
             out[key] = tensor
         return out

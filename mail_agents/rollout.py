@@ -226,7 +226,9 @@ class _Evaluator:
         )
         return self._collect(active, terminations, truncations)
 
-    def _collect(self, active: list[int], terminated: list[bool], truncated: list[bool]) -> list[int]:
+    def _collect(
+        self, active: list[int], terminated: list[bool], truncated: list[bool]
+    ) -> list[int]:
         plans = self.agent.plans
         ended = []
         for number, over, cut in zip(active, terminated, truncated, strict=True):

@@ -44,7 +44,9 @@ class World:
             raise InvalidInputError(
                 f"The dataset's environment of task {task!r} has no id: {dict(spec)}."
             )
-        return cls(task, str(spec["id"]), dict(spec.get("kwargs") or {}), spec.get("max_episode_steps"))
+        return cls(
+            task, str(spec["id"]), dict(spec.get("kwargs") or {}), spec.get("max_episode_steps")
+        )
 
     def maker(self, **extra: Any) -> MakeEnv:
         """Returns a function that makes the environment, with further keyword arguments."""

@@ -132,7 +132,9 @@ def plan(args: Args) -> list[Cell]:
                 )
                 cells.append(Cell(label, dataset, seed, directory, command))
     if len({cell.directory for cell in cells}) != len(cells):
-        raise InvalidInputError("Two cells would share a directory; name each agent and dataset once.")
+        raise InvalidInputError(
+            "Two cells would share a directory; name each agent and dataset once."
+        )
     return cells
 
 
@@ -163,7 +165,9 @@ def run_cell(cell: Cell, threads: int) -> RunResult:
     result = cell.result()
     if code != 0 or result is None:
         tail = "\n".join(log.read_text().splitlines()[-8:])
-        raise MailAgentsError(f"{cell.name} failed with exit status {code}; {log} ends with:\n{tail}")
+        raise MailAgentsError(
+            f"{cell.name} failed with exit status {code}; {log} ends with:\n{tail}"
+        )
     return result
 
 
@@ -195,9 +199,7 @@ def run_all(args: Args, cells: list[Cell]) -> list[RunResult]:
     failures = []
     with ThreadPoolExecutor(args.workers) as pool, progress(cells, args.steps) as bars:
         futures = {pool.submit(run_cell, cell, threads): cell for cell in cells}
-        waiting = set(futures)
         for future in as_completed(futures) if bars is None else poll(futures, bars, cells):
-            waiting.discard(future)
             cell = futures[future]
             try:
                 result = future.result()
@@ -244,7 +246,9 @@ def main(args: Args) -> None:
         results, output / "report.html", title=args.title, commands=[command], notes=args.notes
     )
     console.print(to_rich(table, args.title))
-    console.print(f"report   {report}\ncharts   {output / 'success.png'}\nresults  {output / 'results.json'}")
+    console.print(
+        f"report   {report}\ncharts   {output / 'success.png'}\nresults  {output / 'results.json'}"
+    )
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ def resolve_worlds(args: Args, agent: Agent | None) -> list[World]:
 def load_or_make(args: Args) -> Agent:
     """Loads an artifact, or makes an untrained agent from a dataset's or environment's features."""
     if Path(args.agent).exists() or args.agent.endswith(".safetensors"):
-        return mail_agents.load(args.agent, device=args.device, weights=args.weights, seed=args.seed)
+        return mail_agents.load(
+            args.agent, device=args.device, weights=args.weights, seed=args.seed
+        )
     if args.dataset is not None:
         dataset = mail_agents.open_dataset(args.dataset)
         agent = mail_agents.make(args.agent, dataset.features, device=args.device, seed=args.seed)

@@ -154,7 +154,12 @@ def main(args: Args) -> None:
     seconds = start["seconds"]
     with Run(args.run_dir, args, start["step"] if args.resume else None) as run:
         clock = time.perf_counter()
-        bar = track(range(start["step"], total), "training", console=console, disable=not sys.stdout.isatty())
+        bar = track(
+            range(start["step"], total),
+            "training",
+            console=console,
+            disable=not sys.stdout.isatty(),
+        )
         for step in bar:
             agent.policy.train()
             with torch.autocast(
@@ -175,7 +180,9 @@ def main(args: Args) -> None:
                 values = {name: float(value) for name, value in metrics.items()}
                 if checks is not None:
                     values["validation_loss"] = validation_loss(agent, checks)
-                run.log(done, {"loss": float(loss), "lr": agent.scheduler.get_last_lr()[0], **values})
+                run.log(
+                    done, {"loss": float(loss), "lr": agent.scheduler.get_last_lr()[0], **values}
+                )
             # Evaluating comes before saving: a run killed in between evaluates this step again.
             if args.eval_every and done % args.eval_every == 0 and done < total:
                 evaluate_tasks(args, agent, done, videos=0)
@@ -190,7 +197,9 @@ def main(args: Args) -> None:
         evaluate_tasks(args, agent, total, args.videos)
     result = summarise(args, dataset.info, parameters, total, seconds)
     results = save_results(args.run_dir / "result.json", [result])
-    console.print(f"agent    {artifact}\nresults  {results}\nmetrics  {args.run_dir / 'metrics.jsonl'}")
+    console.print(
+        f"agent    {artifact}\nresults  {results}\nmetrics  {args.run_dir / 'metrics.jsonl'}"
+    )
     console.print(f"curves   tensorboard --logdir {args.run_dir}")
 
 
@@ -208,7 +217,9 @@ def summarise(
     args: Args, info: DatasetInfo, parameters: int, steps: int, seconds: float
 ) -> RunResult:
     """Collects what a comparison needs; "best" is the highest mean score over tasks."""
-    evaluations = completed_evaluations(args.run_dir, list(info.env_specs)) if args.eval_episodes else {}
+    evaluations = (
+        completed_evaluations(args.run_dir, list(info.env_specs)) if args.eval_episodes else {}
+    )
     named = {"last": evaluations[steps]} if steps in evaluations else {}
     if len(evaluations) > 1:
         best = max(evaluations, key=lambda step: (sum(t.score for t in evaluations[step]), step))

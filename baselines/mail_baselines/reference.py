@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,9 +71,10 @@ class _RandomPolicy(_ReferencePolicy):
 class RandomAgent(Agent):
     """Uniform random actions inside the action bounds."""
 
-    def __init__(self, config: AgentConfig, features: FeatureSpec, **kwargs) -> None:
-        # The box is in environment units, so actions must not be rescaled.
-        super().__init__(config.replace({"action_norm": "identity"}), features, **kwargs)
+    def __init__(self, config: AgentConfig, features: FeatureSpec, **kwargs: Any) -> None:
+        # The box is in environment units and observations do not matter: no statistics are needed.
+        units = {"action_norm": "identity", "state_norm": "identity"}
+        super().__init__(config.replace(units), features, **kwargs)
 
     def check_features(self, features: FeatureSpec) -> None:
         super().check_features(features)
@@ -84,5 +86,7 @@ class RandomAgent(Agent):
 
     def build_policy(self) -> Policy:
         action = self.features.action
-        low, high = (torch.tensor(bound).reshape(action.shape) for bound in (action.low, action.high))
+        low, high = (
+            torch.tensor(bound).reshape(action.shape) for bound in (action.low, action.high)
+        )
         return _RandomPolicy(low, high, self.config.horizon)

@@ -112,7 +112,8 @@ class Run:
             self._truncate(resume_step)
         self._file = open(self._metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run
         self._board = SummaryWriter(
-            str(self.directory / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
+            str(self.directory / "tensorboard"),
+            purge_step=None if resume_step is None else resume_step + 1,
         )
 
     def _start(self, arguments: Any) -> None:
