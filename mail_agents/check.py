@@ -5,6 +5,7 @@ does not, and raises :class:`NotApplicable` when there is nothing to check.
 """
 
 import copy
+import inspect
 import json
 import tempfile
 import time
@@ -409,9 +410,15 @@ def bfloat16_autocast(subject: _Subject) -> None:
     _require(bool(torch.isfinite(loss)), "the loss is not finite under bfloat16 autocast")
 
 
+def _is_plain_mixer(module: torch.nn.Module) -> bool:
+    """Whether a module maps one sequence to another (decoder attention also reads a memory)."""
+    arguments = list(inspect.signature(module.forward).parameters)
+    return isinstance(module, Mixer) and arguments == ["x", "mask"] and hasattr(module, "d_model")
+
+
 def mixers_step_like_forward(subject: _Subject) -> None:
     policy = subject.agent().policy.eval()
-    mixers = {type(m): m for m in policy.modules() if isinstance(m, Mixer) and m.has_step}
+    mixers = {type(m): m for m in policy.modules() if _is_plain_mixer(m)}
     if not mixers:
         raise NotApplicable("the policy has no recurrent mixer")
     generator = torch.Generator().manual_seed(0)

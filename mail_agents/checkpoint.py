@@ -31,6 +31,7 @@ from mail_agents import __version__
 from mail_agents.config import AgentConfig
 from mail_agents.errors import CorruptFileError, InvalidInputError, MailAgentsError
 from mail_agents.features import FeatureSpec
+from mail_agents.ops.backends import used_backends
 from mail_agents.registry import load_entry_point, make, spec
 
 if TYPE_CHECKING:
@@ -90,8 +91,6 @@ def _tensors(agent: "Agent") -> dict[str, Tensor]:
 
 def artifact_metadata(agent: "Agent") -> dict[str, Any]:
     """What an artifact says about itself, JSON-ready."""
-    from mail_agents.ops.backends import used_backends
-
     return {
         "format_version": FORMAT_VERSION,
         "agent": agent.agent_id,
@@ -100,14 +99,20 @@ def artifact_metadata(agent: "Agent") -> dict[str, Any]:
         "tasks": list(agent.tasks),
         "seed": agent.seed,
         "updates": agent.updates,
-        "provenance": agent.provenance,
-        "backends": used_backends(),
+        "provenance": {k: v for k, v in agent.provenance.items() if k != "backends"},
+        "backends": _backends(agent),
         "versions": {
             "mail_agents": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
+
+
+def _backends(agent: "Agent") -> dict[str, list[str]]:
+    """Kernel backends that ran now or, for a loaded agent, before."""
+    before, now = agent.provenance.get("backends", {}), used_backends()
+    return {op: sorted({*before.get(op, ()), *now.get(op, ())}) for op in {**before, **now}}
 
 
 def save_agent(agent: "Agent", path: str | Path) -> Path:
@@ -230,7 +235,7 @@ def load_agent(
         raise CorruptFileError(f"{path} holds tensors this agent does not have: {sorted(tensors)}.")
     agent.tasks = tuple(info["tasks"])
     agent.updates = int(info["updates"])
-    agent.provenance = dict(info["provenance"])
+    agent.provenance = dict(info["provenance"]) | {"backends": info["backends"]}
     agent._require_fitted()
     agent.on_statistics()
     if weights == "raw":

@@ -1,7 +1,7 @@
 """Which implementation of a kernel runs: an ordered choice that is logged and never silent.
 
-Every op lists its implementations in the order in which ``"auto"`` tries them. A name that is given
-explicitly (argument, :func:`use_backend` or the environment variable ``MAIL_AGENTS_BACKEND``) either
+Every op lists its implementations in the order in which ``"auto"`` tries them. A name that is
+given explicitly (argument, :func:`use_backend`, environment variable ``MAIL_AGENTS_BACKEND``) either
 runs or raises with the reason and the command that repairs it; ``"auto"`` always finds something.
 """
 
@@ -47,8 +47,8 @@ class Extension:
     fix: str
 
 
-#: Both need a CUDA build of torch and, when no wheel matches it, nvcc. Build isolation would compile
-#: against another torch, so these commands cannot be replaced by an extra of this distribution.
+#: Both need a CUDA build of torch and, when no wheel matches it, nvcc. Build isolation would
+#: compile against another torch, so an extra of this distribution cannot replace these commands.
 SELECTIVE_SCAN_CUDA = Extension(
     "selective_scan_cuda",
     "mamba-ssm",
@@ -190,13 +190,22 @@ def _require(op: str, backend: str, extension: Extension) -> None:
         )
 
 
+_ran: dict[str, set[str]] = {}
+
+
+def used_backends() -> dict[str, list[str]]:
+    """Backends that ran in this process so far, by op; artifacts record them."""
+    return {op: sorted(names) for op, names in sorted(_ran.items())}
+
+
 @functools.cache
 def _log_choice(op: str, backend: str, notes: tuple[str, ...]) -> None:
+    _ran.setdefault(op, set()).add(backend)
     logger.info("%s runs on backend %r%s", op, backend, f" ({'; '.join(notes)})" if notes else "")
 
 
 def refuse_without(extension: Extension, on_cuda: bool) -> str | None:
-    """Returns why a CUDA extension cannot run, or None; the import is tried only for CUDA tensors."""
+    """Returns why a CUDA extension cannot run, or None; imports it only for CUDA tensors."""
     if not on_cuda:
         return "its kernels need tensors on a CUDA device"
     failure = probe(extension).failure
@@ -204,7 +213,7 @@ def refuse_without(extension: Extension, on_cuda: bool) -> str | None:
 
 
 def refuse_torch_func(*_: Any) -> str | None:
-    """Returns why a hand-written backward cannot run: it has no rule for vmap, jvp or torch.func."""
+    """Returns why a hand-written backward cannot run: it has no rule for vmap and the like."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return "a torch.func transform is active" if active is not None and active() else None
 
