@@ -34,29 +34,19 @@ class KVCache(NamedTuple):
         valid = None
         if self.valid is not None or other.valid is not None:
             valid = torch.cat((self._flags(), other._flags()), 1)
-        keys, values = torch.cat((self.keys, other.keys), 2), torch.cat((self.values, other.values), 2)
-        return KVCache(keys, values, valid)
+        keys = torch.cat((self.keys, other.keys), 2)
+        return KVCache(keys, torch.cat((self.values, other.values), 2), valid)
 
     def _flags(self) -> Tensor:
-        batch, _, tokens, _ = self.keys.shape
-        return self.keys.new_ones(batch, tokens, dtype=torch.bool) if self.valid is None else self.valid
+        if self.valid is not None:
+            return self.valid
+        return self.keys.new_ones(self.keys.shape[0], self.keys.shape[2], dtype=torch.bool)
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention; query, key, value and output projections have a bias.
+class _Attention(nn.Module):
+    """Projections and arithmetic that both kinds of attention share."""
 
-    Masked steps are attended by no valid step, and their output is zero.
-
-    Args:
-        d_model: Width D.
-        heads: Number of heads; divides ``d_model``.
-        dropout: Probability, on attention weights and on the output.
-
-    Raises:
-        InvalidInputError: ``heads`` does not divide ``d_model``.
-    """
-
-    def __init__(self, d_model: int, heads: int = 4, dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, heads: int, dropout: float) -> None:
         super().__init__()
         if heads < 1 or d_model % heads:
             raise InvalidInputError(f"{heads} heads do not divide a width of {d_model}.")
@@ -65,17 +55,12 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(d_model, d_model)
         self.proj_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps (B, L, D) to (B, L, D); ``mask`` (B, L) is False at steps to ignore."""
-        return self.prefill(x, None, mask)[0]
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def init_state(
-        self,
-        batch_size: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+    def _empty_cache(
+        self, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> KVCache:
-        """Returns an empty cache."""
         weight = self.proj.weight
         empty = torch.empty(
             *(batch_size, self.heads, 0, self.d_model // self.heads),
@@ -84,27 +69,11 @@ class CausalSelfAttention(nn.Module):
         )
         return KVCache(empty, empty)
 
-    def prefill(
-        self, x: Tensor, state: KVCache | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, KVCache]:
-        """Like :meth:`forward`, after the tokens in ``state``; returns the cache after ``x``."""
-        y, state = self._attend(x, state, mask)
-        return self._project(y, mask), state
-
-    def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
-        """Maps one token (B, D) to (B, D) and returns the cache after it."""
-        y, state = self.prefill(x.unsqueeze(1), state)
-        return y.squeeze(1), state
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def _attend(
+    def _attend_self(
         self, x: Tensor, past: KVCache | None, mask: Tensor | None
     ) -> tuple[Tensor, KVCache]:
-        """Self-attention before the output projection, (B, heads, L, D / heads)."""
-        projected = self.qkv(zero_masked(x, mask)).chunk(3, dim=-1)
-        query, keys, values = (self._split(part) for part in projected)
+        """Causal self-attention before the output projection, (B, heads, L, D / heads)."""
+        query, keys, values = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
         cache = KVCache(keys, values, mask)
         if past is not None:
             cache = past.append(cache)
@@ -143,6 +112,49 @@ def _causal_mask(query: Tensor, cache: KVCache) -> Tensor | None:
     return allowed
 
 
+class CausalSelfAttention(_Attention):
+    """Multi-head causal self-attention; query, key, value and output projections have a bias.
+
+    Masked steps are attended by no valid step, and their output is zero.
+
+    Args:
+        d_model: Width D.
+        heads: Number of heads; divides ``d_model``.
+        dropout: Probability, on attention weights and on the output.
+
+    Raises:
+        InvalidInputError: ``heads`` does not divide ``d_model``.
+    """
+
+    def __init__(self, d_model: int, heads: int = 4, dropout: float = 0.0) -> None:
+        super().__init__(d_model, heads, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Maps (B, L, D) to (B, L, D); ``mask`` (B, L) is False at steps to ignore."""
+        return self.prefill(x, None, mask)[0]
+
+    def init_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """Returns an empty cache."""
+        return self._empty_cache(batch_size, device, dtype)
+
+    def prefill(
+        self, x: Tensor, state: KVCache | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """Like :meth:`forward`, after the tokens in ``state``; returns the cache after ``x``."""
+        y, state = self._attend_self(zero_masked(x, mask), state, mask)
+        return self._project(y, mask), state
+
+    def step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
+        """Maps one token (B, D) to (B, D) and returns the cache after it."""
+        y, state = self.prefill(x.unsqueeze(1), state)
+        return y.squeeze(1), state
+
+
 class CrossState(NamedTuple):
     """State of :class:`FusedCrossAttention`: tokens so far, and the projected memory."""
 
@@ -150,13 +162,18 @@ class CrossState(NamedTuple):
     memory: KVCache
 
 
-class FusedCrossAttention(CausalSelfAttention):
+class FusedCrossAttention(_Attention):
     """Causal self-attention plus unmasked cross-attention, summed before one output projection.
+
+    Not a :class:`mail_agents.mixers.base.Mixer`: its state begins with the memory to attend to.
 
     Args:
         d_model: Width D of tokens and memory.
         heads: Number of heads; divides ``d_model``.
         dropout: Probability, on attention weights and on the output.
+
+    Raises:
+        InvalidInputError: ``heads`` does not divide ``d_model``.
     """
 
     def __init__(self, d_model: int, heads: int = 4, dropout: float = 0.0) -> None:
@@ -164,26 +181,34 @@ class FusedCrossAttention(CausalSelfAttention):
         self.cross_q = nn.Linear(d_model, d_model)
         self.cross_kv = nn.Linear(d_model, 2 * d_model)
 
-    def project_memory(self, memory: Tensor, memory_mask: Tensor | None = None) -> KVCache:
-        """Keys and values of ``memory`` (B, M, D); ``memory_mask`` (B, M) is False where hidden.
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Maps tokens (B, L, D) that attend to ``memory`` (B, M, D) to (B, L, D)."""
+        return self.prefill(x, self.init_state(memory, memory_mask), mask)[0]
 
-        A row whose memory is hidden completely gets no cross-attention.
+    def init_state(self, memory: Tensor, memory_mask: Tensor | None = None) -> CrossState:
+        """Returns the state before the first token, with keys and values of ``memory`` (B, M, D).
+
+        ``memory_mask`` (B, M) is False at memory steps to ignore; a row whose memory is ignored
+        completely gets no cross-attention.
         """
         parts = self.cross_kv(zero_masked(memory, memory_mask)).chunk(2, dim=-1)
-        return KVCache(*(self._split(part) for part in parts), memory_mask)
+        keys, values = (self._split(part) for part in parts)
+        past = self._empty_cache(keys.shape[0], keys.device, keys.dtype)
+        return CrossState(past, KVCache(keys, values, memory_mask))
 
-    def init_cross_state(self, memory: KVCache) -> CrossState:
-        """Returns the state before the first token, for a projected memory."""
-        keys = memory.keys
-        return CrossState(self.init_state(keys.shape[0], keys.device, keys.dtype), memory)
-
-    def prefill_cross(
+    def prefill(
         self, x: Tensor, state: CrossState, mask: Tensor | None = None
     ) -> tuple[Tensor, CrossState]:
-        """Maps tokens (B, L, D) that follow ``state`` to (B, L, D); returns the state after them."""
-        own, past = self._attend(x, state.past, mask)
-        query = self._split(self.cross_q(zero_masked(x, mask)))
-        valid = state.memory.valid
+        """Maps tokens (B, L, D) that follow ``state``; returns the state after them as well."""
+        x = zero_masked(x, mask)
+        own, past = self._attend_self(x, state.past, mask)
+        query, valid = self._split(self.cross_q(x)), state.memory.valid
         if valid is None:
             cross = self._dot(query, state.memory, None)
         else:
@@ -191,6 +216,11 @@ class FusedCrossAttention(CausalSelfAttention):
             cross = self._dot(query, state.memory, valid[:, None, None, :] | nothing)
             cross = cross.masked_fill(nothing, 0.0)
         return self._project(own + cross, mask), CrossState(past, state.memory)
+
+    def step(self, x: Tensor, state: CrossState) -> tuple[Tensor, CrossState]:
+        """Maps one token (B, D) to (B, D) and returns the state after it."""
+        y, state = self.prefill(x.unsqueeze(1), state)
+        return y.squeeze(1), state
 
 
 class MLP(nn.Sequential):

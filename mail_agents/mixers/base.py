@@ -11,7 +11,7 @@ class Mixer(Protocol):
     """A causal map of sequences (B, L, D) -> (B, L, D) that can also run step by step.
 
     ``step`` over the tokens of a sequence, from ``init_state``, gives what ``__call__`` gives for
-    the whole sequence; ``prefill`` does the same for a prefix at once and returns the state after it.
+    the whole sequence; ``prefill`` does the same for a prefix at once and returns its state.
     States are immutable: every method returns a new one.
 
     ``mask`` (B, L) bool is False at steps that must not influence anything, and leading steps are
@@ -38,7 +38,7 @@ class Mixer(Protocol):
     def prefill(
         self, x: Tensor, state: Any = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """Maps (B, L, D) to (B, L, D), continuing from ``state``, and returns the state after it."""
+        """Maps (B, L, D) to (B, L, D) from ``state`` on, and returns the state after it."""
         ...
 
 

@@ -1,11 +1,12 @@
-"""Mamba-1 block (Gu & Dao 2023, section 3.4 and figure 3), interchangeable with ``mamba_ssm.Mamba``.
+"""Mamba-1 block (Gu & Dao 2023, section 3.4, figure 3), interchangeable with ``mamba_ssm.Mamba``.
 
-Names, shapes and initialisation of the parameters are those of ``mamba_ssm/modules/mamba_simple.py``,
-including the order of random draws, so that state dicts move in both directions.
+Names, shapes and initialisation of the parameters are those of
+``mamba_ssm/modules/mamba_simple.py``, including the order of random draws; state dicts move in
+both directions.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,17 +129,16 @@ class Mamba(nn.Module):
     def prefill(
         self, x: Tensor, state: MambaState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
-        """Like :meth:`forward`, from ``state`` (default: the initial one), returning the new state."""
-        y, state = self._run(x, mask, state, keep_state=True)
-        assert state is not None  # for the type checker: keep_state asks for it
-        return y, state
+        """Like :meth:`forward`, from ``state`` (default: zero); returns the new state too."""
+        return self._run(x, mask, state, keep_state=True)
 
     def _run(
         self, x: Tensor, mask: Tensor | None, state: MambaState | None, keep_state: bool
-    ) -> tuple[Tensor, MambaState | None]:
+    ) -> tuple[Tensor, Any]:
         u, z = self.in_proj(zero_masked(x, mask)).chunk(2, dim=-1)
         if self.in_proj.bias is not None:
             u = zero_masked(u, mask)
+        history: Any
         history, ssm = state if state is not None else (None, None)
         u = causal_conv1d(
             u,
@@ -163,7 +163,7 @@ class Mamba(nn.Module):
         if keep_state:
             y, ssm = y
         y = zero_masked(self.out_proj(y), mask)
-        return y, MambaState(history, ssm) if keep_state else None  # type: ignore[arg-type]
+        return y, MambaState(history, ssm) if keep_state else None
 
     def init_state(
         self,

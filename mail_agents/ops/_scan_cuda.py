@@ -1,7 +1,7 @@
 """Adapter to the CUDA kernels of the official ``mamba_ssm`` package.
 
-The compiled module ``selective_scan_cuda`` is called directly: importing ``mamba_ssm`` takes seconds
-and fails on machines that lack any of its Python dependencies. The call sequence is the one of
+The compiled module ``selective_scan_cuda`` is called directly: importing ``mamba_ssm`` takes
+seconds and fails on machines that lack any of its Python dependencies. The call sequence is that of
 ``SelectiveScanFn`` in ``mamba_ssm/ops/selective_scan_interface.py``; limits are those checked in
 ``csrc/selective_scan/selective_scan.cpp``.
 """
@@ -30,8 +30,8 @@ def limits(inputs: ScanInputs) -> str | None:
         return "the kernel takes no empty sequences"
     if inputs.h0 is not None or inputs.reset is not None:
         return "the kernel takes neither an initial state nor resets"
-    differentiable = any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    if inputs.return_state and differentiable and torch.is_grad_enabled():
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs.tensors())
+    if inputs.return_state and differentiable:
         return "the kernel has no gradient through the last state (call it under no_grad)"
     return None
 

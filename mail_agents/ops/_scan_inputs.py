@@ -24,6 +24,10 @@ class ScanInputs(NamedTuple):
     reset: Tensor | None
     return_state: bool
 
+    def tensors(self) -> list[Tensor]:
+        """Returns the inputs that are tensors."""
+        return [value for value in self if isinstance(value, Tensor)]
+
     def check(self) -> None:
         """Raises InvalidInputError when a shape or dtype does not fit."""
         u, A = self.u, self.A

@@ -1,9 +1,9 @@
 """Blocked selective scan with a hand-written backward pass, in plain PyTorch.
 
-The recurrence (Gu & Dao 2023, "Mamba", equations 2a and 4) is evaluated in tiles of ``rows x steps``
+The recurrence (Gu & Dao 2023, "Mamba", equations 2a and 4) is evaluated in tiles of rows x steps
 whose working set stays in the cache, laid out ``(rows, steps, N, D)`` with channels contiguous.
-Per time step there is one ``addcmul_``; everything else is one operation per tile. Only inputs and a
-few states are kept for the backward pass, which recomputes each tile.
+Per time step there is one ``addcmul_``; everything else is one operation per tile. Only inputs and
+a few states are kept for the backward pass, which recomputes each tile.
 """
 
 import math
@@ -29,7 +29,7 @@ _MAX_CHECKPOINTS = 16
 
 
 class Plan(NamedTuple):
-    """Tile size (``rows`` of the batch, ``steps`` of time) and checkpoint spacing in time blocks."""
+    """Tile size (batch rows and time steps) and distance of kept states in time blocks."""
 
     rows: int
     steps: int
@@ -114,7 +114,9 @@ class _Scan:
             self._tiles[key] = _Tile(self._scratch, self._parts, rows, steps, self.n, self.d)
         return self._tiles[key]
 
-    def fill(self, rows: slice, block: tuple[int, int], start: Tensor | None) -> tuple[_Tile, Tensor]:
+    def fill(
+        self, rows: slice, block: tuple[int, int], start: Tensor | None
+    ) -> tuple[_Tile, Tensor]:
         """Computes decays and states of a tile; returns it with its last state.
 
         Without a start state the first step has nothing to decay, and its decay is not computed.
@@ -178,15 +180,15 @@ class SelectiveScan(torch.autograd.Function):
         carry = scan.empty_states(scan.plan.rows if spacing > 1 else 0)
         for rows in scan.row_slices():
             start = None if scan.h0 is None else scan.h0[rows]
-            for i, block in enumerate(scan.blocks):
-                if i:
-                    keep = i % spacing == 0
-                    to = kept[i // spacing - 1, rows] if keep else carry[: rows.stop - rows.start]
-                    start = to.copy_(end)  # pyright: ignore[reportPossiblyUnbound]
+            for i, block in enumerate(scan.blocks, start=1):
                 tile, end = scan.fill(rows, block, start)
                 _contract(C, tile.matrices[1], y, rows, slice(*block))
-            if last is not None:
-                last[rows] = end  # pyright: ignore[reportPossiblyUnbound]
+                if i < len(scan.blocks):
+                    keep = i % spacing == 0
+                    to = kept[i // spacing - 1, rows] if keep else carry[: rows.stop - rows.start]
+                    start = to.copy_(end)
+                elif last is not None:
+                    last[rows] = end
         ctx.save_for_backward(u, dt, A, B, C, h0, reset, kept)
         ctx.set_materialize_grads(False)
         return y, None if last is None else last.transpose(1, 2)
@@ -222,7 +224,7 @@ class _Gradients:
 
 
 def _backward_rows(scan: _Scan, grads: _Gradients, rows: slice, kept: Tensor) -> None:
-    """Walks the time blocks of some batch rows backwards, one group between kept states at a time."""
+    """Walks the time blocks of some rows backwards, group by group between the kept states."""
     spacing = scan.plan.spacing
     carry = None if grads.dlast is None else grads.dlast[rows]
     between = scan.empty_states(spacing - 1, rows.stop - rows.start)
@@ -249,14 +251,10 @@ def _backward_tile(
     start: Tensor | None,
     carry: Tensor | None,
 ) -> Tensor | None:
-    """Adds the gradients of one tile.
+    """Adds the gradients of one tile and returns the cotangent of the state before it.
 
-    Args:
-        start: State before the block, or None when it is zero.
-        carry: Cotangent of the state after the block, or None when it is zero.
-
-    Returns:
-        The cotangent of ``start`` (a view of scratch memory), or None without a start state.
+    ``start`` is the state before the block and ``carry`` the cotangent of the state after it, both
+    None when zero. The returned tensor is scratch memory, or None without a start state.
     """
     time = slice(*block)
     tile, _ = scan.fill(rows, block, start)
@@ -283,7 +281,8 @@ def _backward_tile(
         torch.mul(back, start, out=e[0])
     decay[:, 1:].mul_(state[:, :-1])
     total = grads.A[: rows.stop - rows.start]
-    for weight, dt in zip(e[first:], scan.dt[rows, time].unsqueeze(2).unbind(1)[first:], strict=True):
+    steps = scan.dt[rows, time].unsqueeze(2).unbind(1)
+    for weight, dt in zip(e[first:], steps[first:], strict=True):
         total.addcmul_(weight, dt)
     inner = decay[:, first:].mul_(scan.A)
     torch.sum(inner, 2, out=grads.dt[rows, block[0] + first : block[1]])

@@ -2,10 +2,10 @@
 
 ``y_t = act(bias + sum_k weight[:, W-1-k] * x_{t-k})`` with ``x`` before the first step taken from
 ``history`` (zero when absent): the short convolution in front of the scan of Mamba (Gu & Dao 2023,
-section 3.4), same arithmetic as ``torch.nn.Conv1d(groups=D, padding=W-1)`` cut to the input length.
+section 3.4), the arithmetic of ``nn.Conv1d(groups=D, padding=W-1)`` cut to the input length.
 
-Backends: ``cuda`` (official ``causal_conv1d`` package), ``torch`` (one shifted multiply-add per tap,
-hand-written first-order backward, no transposed copies) and ``reference`` (``F.conv1d``).
+Backends: ``cuda`` (official ``causal_conv1d`` package), ``torch`` (one shifted multiply-add per
+tap, hand-written first-order backward, no transposed copies) and ``reference`` (``F.conv1d``).
 """
 
 from typing import Any, Literal, NamedTuple
@@ -123,8 +123,8 @@ def _check(
             "Sequences are channel-last here; Conv1d weights (D, 1, W) need .squeeze(1)."
         )
     width = weight.shape[1]
-    expected = (("bias", bias, (shape[-1],)), ("history", history, (shape[0], width - 1, shape[-1])))
-    for name, tensor, wanted in expected:
+    past = (shape[0], width - 1, shape[-1])
+    for name, tensor, wanted in (("bias", bias, (shape[-1],)), ("history", history, past)):
         if tensor is not None and tensor.shape != wanted:
             raise InvalidInputError(
                 f"causal_conv1d: {name} has shape {tuple(tensor.shape)}, expected {wanted}."

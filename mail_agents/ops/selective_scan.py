@@ -109,8 +109,15 @@ def selective_scan_step(
 
     Args:
         state: (B, D, N), float32 or float64; not modified.
-        u: Input, (B, D). The other arguments are those of :func:`selective_scan` without time:
-            delta and z (B, D), B and C (B, N).
+        u: Input, (B, D).
+        delta: Step size before bias and softplus, (B, D).
+        A: Decay rates, (D, N).
+        B: Input projection, (B, N).
+        C: Output projection, (B, N).
+        D: Skip weight, (D,).
+        z: Gate, (B, D).
+        delta_bias: Added to ``delta``, (D,).
+        delta_softplus: Whether the step size goes through softplus.
 
     Returns:
         y (B, D) in the dtype of ``u``, and the new state (B, D, N) in the dtype of ``state``.
@@ -145,7 +152,7 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 
 def _work_dtype(inputs: ScanInputs) -> torch.dtype:
-    wide = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in inputs)
+    wide = any(t.dtype == torch.float64 for t in inputs.tensors())
     return torch.float64 if wide else torch.float32
 
 
