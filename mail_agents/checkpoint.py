@@ -164,8 +164,9 @@ def _open(path: Path) -> Any:
     if not path.exists():
         raise CorruptFileError(f"{path} does not exist. Expected an artifact ({ARTIFACT_NAME}).")
     with open(path, "rb") as file:
-        head = file.read(8)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+        head = file.read(9)
+    # A safetensors file starts with the length of its JSON header, then the header itself.
+    if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise CorruptFileError(
             f"{path} is a pickle (or a torch archive), which could run code when opened; it was "
             "refused. Expected a safetensors artifact written by agent.save(path)."

@@ -181,7 +181,7 @@ def main(args: Args) -> None:
                 if checks is not None:
                     values["validation_loss"] = validation_loss(agent, checks)
                 run.log(
-                    done, {"loss": float(loss), "lr": agent.scheduler.get_last_lr()[0], **values}
+                    done, {"loss": loss.item(), "lr": agent.scheduler.get_last_lr()[0], **values}
                 )
             # Evaluating comes before saving: a run killed in between evaluates this step again.
             if args.eval_every and done % args.eval_every == 0 and done < total:
