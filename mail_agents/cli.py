@@ -1,0 +1,349 @@
+"""The ``mail-agents`` command. Nothing heavy is imported before a subcommand needs it."""
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
+
+from mail_agents.errors import (
+    InvalidInputError,
+    MailAgentsError,
+    MissingDependencyError,
+    unknown_name,
+)
+
+#: Entry-point group of converters. ``minari`` reads that format, ``to-minari`` writes it; each is a
+#: ``"module:function"`` called with ``(source, output)``, both strings.
+CONVERTERS = "mail_agents.converters"
+
+
+@dataclass(frozen=True)
+class List:
+    """List the registered agents, yours and other packages' included."""
+
+    pattern: Positional[str] = "*"
+    """Wildcard pattern, for example 'mail/*'."""
+    tags: tuple[str, ...] = ()
+    """Only agents that carry all of these tags."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Show what an agent is and every setting of its configuration."""
+
+    id: Positional[str]
+    """Agent id, for example 'mail/ed-ma-ddpm'."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Run the conformance suite on agents; the exit status says whether they conform."""
+
+    ids: Positional[tuple[str, ...]]
+    """Agent ids; 'module:id' imports a module first."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what an artifact (agent.safetensors) holds, without loading it."""
+
+    file: Positional[Path]
+    """The artifact, or a checkpoint folder."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show episodes, lengths, returns, tasks, and the range of every feature of a store."""
+
+    path: Positional[Path]
+    """Folder of the store."""
+    frames: Path | None = None
+    """Write a PNG with sample frames of every camera."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert other formats to our store, or a store to another format.
+
+    Name the other format on its side: 'minari:D4RL/door/human-v2 data/door' reads, 'data/door
+    minari:mine/door-v0' writes. Without arguments the formats are listed.
+    """
+
+    source: Positional[str] = ""
+    """'FORMAT:NAME-OR-PATH', or the folder of a store."""
+    output: Positional[str] = ""
+    """Folder of the new store, or 'FORMAT:NAME-OR-PATH'."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Recompute every checksum of a store and look for values that are not finite."""
+
+    path: Positional[Path]
+    """Folder of the store."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inspect, convert and verify data sets."""
+
+    command: OmitSubcommandPrefixes[
+        Annotated[Inspect, subcommand("inspect")]
+        | Annotated[Convert, subcommand("convert")]
+        | Annotated[Verify, subcommand("verify")]
+    ]
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show what works on this machine, what does not, and the command that repairs it."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+Command = (
+    Annotated[List, subcommand("list")]
+    | Annotated[Spec, subcommand("spec")]
+    | Annotated[Check, subcommand("check")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[Data, subcommand("data")]
+    | Annotated[Doctor, subcommand("doctor")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Without the program's name; None takes them from the process.
+
+    Returns:
+        Exit status: 0 for success, 1 for failure (with one paragraph on standard error), 2 for a
+        command line that cannot be understood (raised as SystemExit), 130 when interrupted.
+    """
+    command: Any = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="mail-agents",
+        description="Sequence-policy agents for imitation learning and offline RL.",
+        args=arguments,
+    )
+    if isinstance(command, Data):
+        command = command.command
+    try:
+        status = _RUN[type(command)](command)
+        sys.stdout.flush()
+        return status
+    except MailAgentsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader (head, less) went away; nothing more can be said to it, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _list(command: List) -> int:
+    from mail_agents import registry
+
+    ids = registry.list_agents(command.pattern, tags=command.tags)
+    if command.json:
+        _print_json([json.loads(registry.spec(agent_id).to_json()) for agent_id in ids])
+    elif ids:
+        width = max(map(len, ids)) + 2
+        for agent_id in ids:
+            found = registry.spec(agent_id)
+            ok, reason = found.available()
+            note = "" if ok else f"  [{reason}]"
+            print(f"{agent_id:{width}s}{', '.join(sorted(found.tags))}{note}".rstrip())
+    if not ids:
+        tags = f" with tags {', '.join(command.tags)}" if command.tags else ""
+        raise InvalidInputError(
+            f"No agent matches {command.pattern!r}{tags}. 'mail-agents list' shows all."
+        )
+    return 0
+
+
+def _spec(command: Spec) -> int:
+    from mail_agents import registry
+
+    found = registry.spec(command.id)
+    document = json.loads(found.to_json())
+    try:
+        config = found.config().to_dict()
+    except MissingDependencyError as error:
+        config = {"unavailable": str(error)}
+    if command.json:
+        _print_json({**document, "config": config})
+        return 0
+    ok, reason = found.available()
+    print(found.id)
+    for name, value in (
+        ("paper", found.paper),
+        ("class", found.entry_point),
+        ("config class", found.config_entry_point),
+        ("tags", ", ".join(sorted(found.tags))),
+        ("works here", "yes" if ok else f"no, {reason}"),
+    ):
+        if value:
+            print(f"  {name:13s} {value}")
+    print("  config (override with scripts/train.py --agent 'ID,name=value')")
+    for name, value in _flat(config):
+        print(f"    {name:28s} {json.dumps(value)}")
+    return 0
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, value))
+    return rows
+
+
+def _check(command: Check) -> int:
+    from mail_agents.check import check_agent
+
+    if not command.ids:
+        raise InvalidInputError("Name at least one agent; 'mail-agents list' shows them.")
+    reports = [check_agent(agent_id) for agent_id in command.ids]
+    if command.json:
+        _print_json([json.loads(report.to_json()) for report in reports])
+    else:
+        print("\n".join(map(str, reports)))
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _info(command: Info) -> int:
+    from mail_agents.checkpoint import read_info
+
+    info = read_info(command.file)
+    if command.json:
+        _print_json(info)
+        return 0
+    print(f"{command.file}: {info['agent']}")
+    print(f"  {'parameters':28s} {info['parameters']:,}")
+    print(f"  {'file':28s} {info['bytes'] / 1e6:.1f} MB")
+    rest = {k: v for k, v in info.items() if k not in ("agent", "parameters", "bytes")}
+    for name, value in _flat(rest):
+        print(f"  {name:28s} {json.dumps(value)}")
+    return 0
+
+
+def _inspect(command: Inspect) -> int:
+    from rich.console import Console
+
+    from mail_agents.data.store import open_dataset
+    from mail_agents.report.dataset import describe, frame_grid, print_description
+
+    dataset = open_dataset(command.path)
+    description = describe(dataset)
+    if command.json:
+        _print_json(description)
+    else:
+        print_description(description, Console())
+    if command.frames is not None:
+        print(f"frames: {frame_grid(dataset, command.frames)}", file=sys.stderr)
+    return 0
+
+
+def _convert(command: Convert) -> int:
+    points = {p.name: p for p in importlib.metadata.entry_points(group=CONVERTERS)}
+    if not command.source:
+        print("\n".join(f"{name:20s}{point.value}" for name, point in sorted(points.items())))
+        return 0
+    if not command.output:
+        raise InvalidInputError(
+            f"Say where to write: mail-agents data convert {command.source} PATH"
+        )
+    reads, source = _split_format(command.source)
+    writes, output = _split_format(command.output)
+    if bool(reads) == bool(writes):
+        raise InvalidInputError(
+            "Name the other format on exactly one side, as in 'mail-agents data convert "
+            f"FORMAT:{command.source} {command.output}'. Formats: {', '.join(sorted(points))}."
+        )
+    name = reads or f"to-{writes}"
+    if name not in points:
+        hint = "" if points else "Install the project so that its converters are found: make setup"
+        raise unknown_name("conversion", name, points, hint)
+    try:
+        convert = points[name].load()
+    except (ImportError, AttributeError) as error:
+        raise MissingDependencyError(
+            f"Conversion {name!r} ({points[name].value}) cannot be loaded: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    convert(source, output)
+    print(f"wrote {command.output}")
+    return 0
+
+
+def _split_format(text: str) -> tuple[str, str]:
+    """Splits ``FORMAT:REST``; a single letter is a Windows drive, not a format."""
+    name, colon, rest = text.partition(":")
+    return (name, rest) if colon and len(name) > 1 and "/" not in name else ("", text)
+
+
+def _verify(command: Verify) -> int:
+    from mail_agents.data.store import verify_dataset
+
+    info = verify_dataset(command.path)
+    print(f"{command.path}: in order, {info.n_episodes} episodes, {info.n_steps:,} steps")
+    print(f"sha256 {info.sha256}")
+    return 0
+
+
+def _doctor(command: Doctor) -> int:
+    from rich.console import Console
+
+    from mail_agents.doctor import print_report, run_doctor
+
+    report = run_doctor()
+    if command.json:
+        _print_json(report)
+    else:
+        print_report(report, Console())
+    return 0 if report["ok"] else 1
+
+
+_RUN: dict[type, Callable[[Any], int]] = {
+    List: _list,
+    Spec: _spec,
+    Check: _check,
+    Info: _info,
+    Inspect: _inspect,
+    Convert: _convert,
+    Verify: _verify,
+    Doctor: _doctor,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
