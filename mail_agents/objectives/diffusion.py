@@ -2,22 +2,17 @@
 
 The "DDPM" head of MaIL (arXiv:2406.08234; upstream ``agents/models/oc_ddpm/diffusion_policy.py``):
 Ho et al. (arXiv:2006.11239) with the cosine schedule of Nichol and Dhariwal (arXiv:2102.09672).
-Schedules and sampler steps are those of ``diffusers``.
 """
 
 from collections.abc import Sequence
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
 from mail_agents.objectives import ActionNet, check_generators, masked_mse
-
-#: Seed of the initial noise of deterministic sampling.
-DETERMINISTIC_SEED = 0
 
 
 class DDPM:
@@ -28,16 +23,13 @@ class DDPM:
 
     Sampling: from ``x_T ~ N(0, I)``, at each step the clean chunk is estimated as
     ``x0 = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps`` and clamped, per action dimension, to the
-    range of the training actions. The clamp is essential: at the last step ``1 / sqrt(abar)`` is
-    325. Then
+    range of the training actions; then ``x_{t-1}`` is drawn from the posterior of Ho et al.,
+    equations 6 and 7, without noise at the last step. The result is clamped again. The clamp is
+    essential: at the first step ``1 / sqrt(abar)`` is 325.
 
-    - stochastic: ancestral sampling, the posterior of DDPM with its own ("fixed small") variance,
-      no noise at the end: the published evaluation;
-    - deterministic: DDIM with eta = 0 (Song et al., arXiv:2010.02502) over the same T steps, from
-      one fixed draw of ``x_T``. Unlike the posterior mean alone, which drops the noise that the
-      schedule counts on, this maps noise to a full sample of the learnt distribution.
-
-    The result is clamped again.
+    Deterministic sampling replaces every draw by its mean: ``x_T = 0`` and no posterior noise. That
+    is a low-temperature sample: of a distribution with several modes it settles in one. (DDIM from
+    a fixed draw is the usual deterministic sampler; over 16 steps it is less exact than either.)
 
     Args:
         steps: Number of diffusion steps T.
@@ -49,21 +41,19 @@ class DDPM:
         if steps < 1:
             raise InvalidInputError(f"Diffusion needs at least 1 step; got {steps}.")
         self.steps = steps
-        # The schedulers are given x0, not eps: their own conversion clamps to one range for all
-        # action dimensions, ours to one range per dimension.
-        self.ancestral = DDPMScheduler(
-            num_train_timesteps=steps,
-            beta_schedule="squaredcos_cap_v2",
-            variance_type="fixed_small",
-            prediction_type="sample",
-            clip_sample=False,
-        )
-        self.implicit = DDIMScheduler.from_config(self.ancestral.config)
-        self.implicit.set_timesteps(steps)
-        # Kept on the CPU: the schedulers' own add_noise moves their tables to the device of the
-        # last training batch, where a later step on another device could not read them.
-        self.alpha_bar = self.ancestral.alphas_cumprod.clone()
-        self._alpha_bars: list[float] = self.alpha_bar.tolist()
+        # Tables stay on the CPU wherever the network is: sampling reads single numbers from them.
+        with torch.device("cpu"):
+            betas = DDPMScheduler(steps, beta_schedule="squaredcos_cap_v2").betas.double()
+            abar = torch.cumprod(1.0 - betas, dim=0)
+            before = torch.cat((torch.ones(1), abar[:-1]))
+        self.betas = betas
+        self.alpha_bar = abar
+        # diffusers' own step has no noise-free mode and clamps all action dimensions to one range,
+        # so the posterior is written out: mean = from_start x0 + from_noisy x_t.
+        self.from_start = (before.sqrt() * betas / (1.0 - abar)).tolist()
+        self.from_noisy = ((1.0 - betas).sqrt() * (1.0 - before) / (1.0 - abar)).tolist()
+        self.variance = (betas * (1.0 - before) / (1.0 - abar)).tolist()
+        self._alpha_bars: list[float] = abar.tolist()
 
     def training_loss(
         self,
@@ -93,30 +83,24 @@ class DDPM:
         """See :class:`~mail_agents.objectives.Objective`."""
         rows = list(generators)
         check_generators(rows, shape[0])
-        if deterministic:
-            x = self._fixed_noise(shape).to(low)
-        else:
+        x = torch.zeros(shape, device=low.device, dtype=low.dtype)
+        if not deterministic:
             x = randn_tensor(shape, generator=rows, device=low.device, dtype=low.dtype)
         for step in range(self.steps - 1, -1, -1):
             t = torch.full(shape[:1], step, dtype=torch.int64, device=low.device)
             x0 = self.predict_start(x, net(x, t).to(x.dtype), step).clamp(low, high)
-            if deterministic:
-                x = self.implicit.step(x0, step, x, eta=0.0, return_dict=False)[0]
-            else:
-                x = self.ancestral.step(x0, step, x, generator=rows, return_dict=False)[0]
+            x = self.from_start[step] * x0 + self.from_noisy[step] * x
+            if step > 0 and not deterministic:
+                noise = randn_tensor(shape, generator=rows, device=x.device, dtype=x.dtype)
+                x = x + self.variance[step] ** 0.5 * noise
         return x.clamp(low, high)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Diffuses clean chunks ``(B, J, A)`` to steps ``t`` ``(B,)``."""
-        abar = self.alpha_bar.to(t.device)[t].view(-1, 1, 1).to(clean.dtype)
+        abar = self.alpha_bar.to(t.device, clean.dtype)[t].view(-1, 1, 1)
         return abar.sqrt() * clean + (1.0 - abar).sqrt() * noise
 
     def predict_start(self, noisy: Tensor, noise: Tensor, t: int) -> Tensor:
         """Estimates the clean chunk from a noisy one and the noise in it, unclamped."""
         abar = self._alpha_bars[t]
         return noisy / abar**0.5 - (1.0 / abar - 1.0) ** 0.5 * noise
-
-    def _fixed_noise(self, shape: tuple[int, int, int]) -> Tensor:
-        # Every row starts from the same noise: what a row does must not depend on its place.
-        generator = torch.Generator().manual_seed(DETERMINISTIC_SEED)
-        return torch.randn((1, *shape[1:]), generator=generator).expand(shape)
