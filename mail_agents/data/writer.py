@@ -120,6 +120,11 @@ class StoreWriter:
     def __len__(self) -> int:
         return len(self._ledger.entries)
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks of the episodes that are in, in order of first appearance."""
+        return self._ledger.tasks
+
     def _check_target(self) -> None:
         if not os.path.lexists(self.path):
             return
