@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from mail_agents.data.store import StoreDataset, StoreWriter, open_dataset
 from mail_agents.errors import InvalidInputError, MailAgentsError, unknown_name
@@ -100,8 +100,11 @@ def describe(task: str, args: Args) -> tuple[dict, FeatureSpec]:
 def main(args: Args) -> StoreDataset:
     """Collects, writes and reports."""
     tasks = resolve_tasks(args.tasks)
-    if not tasks:
-        raise InvalidInputError("No task was given: --tasks reach-v3 drawer-open-v3 ...")
+    if not tasks or args.episodes < 1:
+        raise InvalidInputError(
+            f"There is nothing to collect: give at least one task and at least 1 episode, "
+            f"for example --tasks reach-v3 --episodes 20 (got {len(tasks)} and {args.episodes})."
+        )
     _, features = describe(tasks[0], args)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(
@@ -143,7 +146,9 @@ def main(args: Args) -> StoreDataset:
 
 def report(dataset: StoreDataset, completed: set[str]) -> None:
     """Prints one row per task and where the dataset is."""
-    table = Table("task", "episodes", "attempts", "expert success", "mean steps")
+    table = Table(
+        Column("task", overflow="fold"), "episodes", "attempts", "expert success", "mean steps"
+    )
     for index, task in enumerate(dataset.info.tasks):
         lengths = dataset.lengths[dataset.task_ids == index]
         attempts = next_attempt(completed, task)

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import gymnasium
+from gymnasium.envs.registration import EnvSpec
 
 from mail_agents.errors import InvalidInputError
 
@@ -84,9 +85,8 @@ def env_spec_dict(env: gymnasium.Env) -> dict[str, Any]:
         env: Environment made by ``gymnasium.make``.
 
     Returns:
-        The JSON form of its ``EnvSpec``. The id of a world of this package carries the module that
-        registers it (``mail_envs:metaworld/reach-v3``), so that ``gymnasium.make`` finds it in a
-        fresh process.
+        The JSON form of its ``EnvSpec``, with an id such as ``mail_envs:metaworld/reach-v3``, see
+        :func:`importable_id`.
 
     Raises:
         InvalidInputError: The environment was constructed without ``gymnasium.make``.
@@ -96,7 +96,13 @@ def env_spec_dict(env: gymnasium.Env) -> dict[str, Any]:
             f"{type(env.unwrapped).__name__} has no spec. Make it with gymnasium.make(id) so that "
             "others can make it again."
         )
-    spec = json.loads(env.spec.to_json())
-    if str(spec["entry_point"]).startswith("mail_envs.") and ":" not in spec["id"]:
-        spec["id"] = f"mail_envs:{spec['id']}"
-    return spec
+    return {**json.loads(env.spec.to_json()), "id": importable_id(env.spec)}
+
+
+def importable_id(spec: EnvSpec) -> str:
+    """The id by which ``gymnasium.make`` finds an environment in a fresh process.
+
+    Ids of this package get the module that registers them in front; others are returned unchanged.
+    """
+    ours = str(spec.entry_point).startswith("mail_envs.") and ":" not in spec.id
+    return f"mail_envs:{spec.id}" if ours else spec.id

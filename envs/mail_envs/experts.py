@@ -1,11 +1,17 @@
 """Scripted experts, and the demonstrations they give."""
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
+import multiprocessing
+import os
+import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
@@ -14,9 +20,9 @@ import numpy as np
 
 from mail_agents.data.episode import Episode
 from mail_agents.errors import InvalidInputError, MailAgentsError, require, unknown_name
-from mail_agents.features import as_mapping
 from mail_agents.seeding import derive_env_seed
-from mail_envs.catalogue import env_spec_dict
+from mail_envs.catalogue import importable_id
+from mail_wrappers.record import RecordEpisodes
 
 #: Attempts per wanted episode before :func:`collect_episodes` gives up.
 ATTEMPTS_PER_EPISODE = 5
@@ -120,41 +126,28 @@ def run_attempt(
     # The second word separates this stream from the environment's, which starts at env_seed.
     noise = np.random.default_rng([env_seed, 1])
     low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
-    observation, _ = env.reset(seed=env_seed)
+    env_id = importable_id(env.spec) if env.spec else type(env.unwrapped).__name__
+    task = env_id.rpartition("/")[2]
+    recorder = RecordEpisodes(env, task=task)
+    observation, _ = recorder.reset(seed=env_seed)
     expert.reset()
-    observations, actions, rewards, success = [as_mapping(observation)], [], [], False
     terminated = truncated = False
     while not (terminated or truncated):
         action = expert.act(observation)
         if noise_std > 0.0:
             action = np.clip(action + noise.normal(0.0, noise_std, action.shape), low, high)
         action = action.astype(env.action_space.dtype)
-        observation, reward, terminated, truncated, info = env.step(action)
-        observations.append(as_mapping(observation))
-        actions.append(action)
-        rewards.append(float(reward))
-        success = success or bool(info["success"])
-    env_id = str(env_spec_dict(env)["id"])
-    task = env_id.rpartition("/")[2]
-    ends = np.arange(len(actions)) == len(actions) - 1
-    return Episode(
-        observations={key: np.stack([o[key] for o in observations]) for key in observations[0]},
-        actions=np.stack(actions),
-        rewards=np.asarray(rewards),
-        terminations=ends & terminated,
-        truncations=ends & truncated,
-        task=task,
-        seed=env_seed,
-        meta={
-            "success": success,
-            "source_id": f"{task}/{attempt:06d}",
-            "env_id": env_id,
-            "expert": expert.name,
-            "noise_std": float(noise_std),
-            "attempt": attempt,
-            "versions": dict(_versions()),
-        },
-    )
+        observation, _, terminated, truncated, _ = recorder.step(action)
+    (episode,) = recorder.episodes
+    provenance = {
+        "source_id": f"{task}/{attempt:06d}",
+        "env_id": env_id,
+        "expert": expert.name,
+        "noise_std": float(noise_std),
+        "attempt": attempt,
+        "versions": dict(_versions()),
+    }
+    return dataclasses.replace(episode, meta={**episode.meta, **provenance})
 
 
 def collect_episodes(
@@ -182,8 +175,8 @@ def collect_episodes(
         only_successful: Drop attempts that did not solve the task.
         first_attempt: Index of the first attempt.
         env_kwargs: Passed to ``gymnasium.make`` (cameras, image size, ...); JSON values only.
-        executor: Runs attempts in parallel, for example a ``ProcessPoolExecutor``; None runs them
-            here, one at a time.
+        executor: Runs attempts in parallel, see :func:`worker_pool`; None runs them here, one at a
+            time.
         in_flight: With an executor, how many attempts may wait in it at once.
 
     Raises:
@@ -227,6 +220,43 @@ def collect_episodes(
             future.cancel()
         if inline:
             _env_and_expert.cache_clear()
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[Executor | None]:
+    """Processes for :func:`collect_episodes`; they end with this process, even if it is killed.
+
+    Args:
+        workers: Number of processes; 1 yields None, which means this process.
+
+    Raises:
+        InvalidInputError: ``workers`` is less than 1.
+    """
+    if workers < 1:
+        raise InvalidInputError(f"workers is {workers}; give at least 1.")
+    if workers == 1:
+        yield None
+        return
+    # Spawned, because an OpenGL context does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    # Ctrl-C reaches the whole process group; only the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _InlineExecutor(Executor):

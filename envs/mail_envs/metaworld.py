@@ -14,9 +14,9 @@ from gymnasium import spaces
 
 from mail_agents.errors import InvalidInputError, require, unknown_name
 from mail_envs.catalogue import METAWORLD_CAMERAS, METAWORLD_TASKS
-from mail_envs.rendering import OffscreenRenderer, RenderQuality
+from mail_envs.rendering import OffscreenRenderer, RenderQuality, import_mujoco
 
-mujoco = require("mujoco", "sim", purpose="Meta-World")
+mujoco = import_mujoco("Meta-World")
 env_dict = require("metaworld.env_dict", "sim", purpose="Meta-World")
 
 #: The camera of videos.

@@ -7,9 +7,11 @@ out unless asked.
 
 import atexit
 import ctypes.util
+import importlib.util
 import os
 import sys
 import weakref
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,6 +20,11 @@ from mail_agents.errors import InvalidInputError, MissingDependencyError, requir
 
 RenderQuality = Literal["fast", "stock"]
 _QUALITIES: tuple[str, ...] = get_args(RenderQuality)
+
+_INSTALL_GL = (
+    "On a machine without a display: 'apt-get install libegl1 libgl1 libgl1-mesa-dri' and "
+    "MUJOCO_GL=egl, or 'apt-get install libosmesa6' and MUJOCO_GL=osmesa."
+)
 
 _PROBE_XML = (
     "<mujoco><worldbody><camera name='c' pos='0 0 3'/><geom size='1'/></worldbody></mujoco>"
@@ -39,10 +46,27 @@ def select_gl_backend() -> None:
             return
 
 
+def import_mujoco(purpose: str) -> ModuleType:
+    """Imports MuJoCo, telling an unusable ``MUJOCO_GL`` apart from a package that is not there.
+
+    Raises:
+        MissingDependencyError: It cannot be imported; the message says what to do.
+    """
+    try:
+        return require("mujoco", "sim", purpose=purpose)
+    except MissingDependencyError as error:
+        if importlib.util.find_spec("mujoco") is None or not os.environ.get("MUJOCO_GL"):
+            raise
+        raise MissingDependencyError(
+            f"MuJoCo is installed but cannot be imported with MUJOCO_GL={os.environ['MUJOCO_GL']}: "
+            f"{error.__cause__}. {_INSTALL_GL} Or unset MUJOCO_GL and work without images."
+        ) from error
+
+
 def gl_problem() -> str | None:
     """Tries to render one tiny image; returns None when it works, else the reason in one line."""
     try:
-        mujoco = require("mujoco", "sim", purpose="rendering")
+        mujoco = import_mujoco("rendering")
         model = mujoco.MjModel.from_xml_string(_PROBE_XML)
         data = mujoco.MjData(model)
         mujoco.mj_forward(model, data)
@@ -73,6 +97,8 @@ class OffscreenRenderer:
     """
 
     def __init__(self, size: int, quality: RenderQuality = "fast") -> None:
+        self._renderer: Any = None
+        self._model: Any = None
         if not isinstance(size, int) or size < 1:
             raise InvalidInputError(
                 f"Image size {size!r} is not valid; give a positive whole number of pixels."
@@ -84,8 +110,6 @@ class OffscreenRenderer:
             )
         self.size = size
         self.quality = quality
-        self._renderer: Any = None
-        self._model: Any = None
 
     def render(self, model: Any, data: Any, camera: str) -> np.ndarray:
         """Draws one image.
@@ -118,7 +142,7 @@ class OffscreenRenderer:
         self.close()
 
     def _build(self, model: Any) -> Any:
-        mujoco = require("mujoco", "sim", purpose="rendering")
+        mujoco = import_mujoco("rendering")
         fast = self.quality == "fast"
         window, detail = model.vis.global_, model.vis.quality
         saved = window.offwidth, window.offheight, detail.offsamples, detail.shadowsize
@@ -126,8 +150,11 @@ class OffscreenRenderer:
         window.offwidth = window.offheight = self.size
         if fast:
             detail.offsamples = detail.shadowsize = 0
+        renderer = mujoco.Renderer.__new__(mujoco.Renderer)
+        # Else its destructor complains on top of our error when the constructor fails.
+        renderer._gl_context = renderer._mjr_context = None
         try:
-            renderer = mujoco.Renderer(model, self.size, self.size)
+            renderer.__init__(model, self.size, self.size)
         except Exception as error:  # every backend raises something else
             raise MissingDependencyError(_no_gl_message(error)) from error
         finally:
@@ -150,9 +177,7 @@ def _no_gl_message(error: Exception) -> str:
     backend = os.environ.get("MUJOCO_GL") or "unset"
     return (
         f"Cannot create an OpenGL context for camera images (MUJOCO_GL is {backend}): "
-        f"{type(error).__name__}: {error}. On a machine without a display install one of: "
-        "'apt-get install libegl1 libgl1 libgl1-mesa-dri' and set MUJOCO_GL=egl, or "
-        "'apt-get install libosmesa6' and set MUJOCO_GL=osmesa. MuJoCo reads MUJOCO_GL at its "
-        "first import, so set it in the shell, or import mail_envs before mujoco. Without OpenGL, "
-        "make the world with cameras=() and without render_mode."
+        f"{type(error).__name__}: {error}. {_INSTALL_GL} MuJoCo reads MUJOCO_GL at its first "
+        "import, so set it in the shell, or import mail_envs before mujoco. Without OpenGL, make "
+        "the world with cameras=() and without render_mode."
     )
