@@ -73,7 +73,7 @@ format: setup ## rewrite files in the house format
 	$(BIN)/ruff check --fix .
 
 docs: setup ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove everything make made, except runs/ and data/
 	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -19,8 +19,8 @@ from mail_agents.errors import (
     unknown_name,
 )
 
-#: Entry-point group of converters. ``minari`` reads that format, ``to-minari`` writes it; each is a
-#: ``"module:function"`` called with ``(source, output)``, both strings.
+#: Entry-point group of converters, each ``"module:function"``. ``minari`` reads that format and is
+#: called with (source, folder of the new store), ``to-minari`` writes it: (dataset, output).
 CONVERTERS = "mail_agents.converters"
 
 
@@ -300,7 +300,12 @@ def _convert(command: Convert) -> int:
             f"Conversion {name!r} ({points[name].value}) cannot be loaded: "
             f"{type(error).__name__}: {error}."
         ) from error
-    convert(source, output)
+    if writes:
+        from mail_agents.data.store import open_dataset
+
+        convert(open_dataset(source), output)
+    else:
+        convert(source, output)
     print(f"wrote {command.output}")
     return 0
 

@@ -58,7 +58,8 @@ def start_panel(results: Sequence[RunResult], task: str, which: str = "last") ->
     """One square per episode and agent, filled where the episode was solved."""
     rows = []
     for i, (label, runs) in enumerate(agents_of(results).items()):
-        for k, run in enumerate(runs):
+        named = False
+        for run in runs:
             episodes = [e for t in run.tasks(which) if t.task == task for e in t.episodes]
             if not episodes:
                 continue
@@ -69,7 +70,8 @@ def start_panel(results: Sequence[RunResult], task: str, which: str = "last") ->
                 tip += f", {episode['length']} steps"
                 hollow = "" if solved else ' class="no"'
                 squares.append(f'<i{hollow} title="{tip}" style="background: var(--a{i})"></i>')
-            name = escape(label) if k == 0 else f"<small>seed {run.seed}</small>"
+            name = f"<small>seed {run.seed}</small>" if named else escape(label)
+            named = True
             columns = min(len(squares), _PER_LINE)
             rows.append(
                 f'<span class="name">{name}</span>'

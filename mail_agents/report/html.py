@@ -157,8 +157,8 @@ def _pairs(results: Sequence[RunResult]) -> str:
         "Both agents of a pair met exactly the same starts, so only the episodes where they differ "
         "carry information. p is McNemar's exact test, corrected for the number of pairs (Holm); "
         "the interval is the adjusted Wald interval for paired rates and is not corrected. A twin "
-        "differs only in the sequence model. The leader was picked by these same episodes, which "
-        "flatters its other comparisons a little."
+        "has a Transformer in place of Mamba; sizes are in the table above. The leader was picked "
+        "by these same episodes, which flatters its other comparisons a little."
     )
     return (
         f'<section><h2>Head to head</h2><p class="note">{note}</p>'

@@ -225,28 +225,32 @@ def counts(
 
 
 def score_matrix(runs: Sequence[RunResult], which: str = "last") -> np.ndarray:
-    """``(runs, tasks)`` scores of one agent, for :func:`stratified_bootstrap_iqm`.
+    """``(seeds, tasks)`` scores of one agent, for :func:`stratified_bootstrap_iqm`.
+
+    A task of two datasets counts as two tasks.
 
     Raises:
-        InvalidInputError: The runs were not evaluated on the same tasks.
+        InvalidInputError: The seeds were not evaluated on the same tasks.
     """
-    tasks = [t.task for t in runs[0].tasks(which)]
-    rows = []
+    by_seed: dict[int, dict[tuple[str, str], float]] = {}
     for run in runs:
-        scores = {t.task: t.score for t in run.tasks(which)}
-        if set(scores) != set(tasks):
+        scores = {(run.dataset, t.task): t.score for t in run.tasks(which)}
+        by_seed.setdefault(run.seed, {}).update(scores)
+    first, *others = by_seed
+    for seed in others:
+        differing = by_seed[first].keys() ^ by_seed[seed].keys()
+        if differing:
             raise InvalidInputError(
-                f"Seeds {runs[0].seed} and {run.seed} of {run.label!r} were evaluated on different "
-                f"tasks: {', '.join(tasks)} and {', '.join(scores)}."
+                f"Seeds {first} and {seed} of {runs[0].label!r} were evaluated on different tasks; "
+                f"only one has {', '.join(f'{task} ({data})' for data, task in differing)}."
             )
-        rows.append([scores[task] for task in tasks])
-    return np.asarray(rows, np.float64)
+    return np.asarray([[row[key] for key in by_seed[first]] for row in by_seed.values()])
 
 
 def compare_paired(
     first: Sequence[RunResult], second: Sequence[RunResult], which: str = "last"
 ) -> PairedResult:
-    """Compares two agents on the episodes they share: same training seed, task, index and seed.
+    """Compares two agents on the episodes they share: same dataset, training seed, task and start.
 
     Raises:
         InvalidInputError: They share no episode, or an episode has no success.
@@ -268,7 +272,7 @@ def _outcomes(runs: Sequence[RunResult], which: str) -> dict[tuple, bool]:
             if not task.has_success:
                 raise InvalidInputError(f"Task {task.task!r} has no success to compare in pairs.")
             for episode in task.episodes:
-                key = (run.seed, task.task, episode["index"], episode["seed"])
+                key = (run.dataset, run.seed, task.task, episode["index"], episode["seed"])
                 outcomes[key] = bool(episode["success"])
     return outcomes
 

@@ -126,7 +126,7 @@ def pairs(results: Sequence[RunResult], which: str = "last") -> list[Pair]:
 
 def _episodes(runs: Sequence[RunResult], which: str) -> set[tuple]:
     return {
-        (run.seed, task.task, episode["index"], episode["seed"])
+        (run.dataset, run.seed, task.task, episode["index"], episode["seed"])
         for run in runs
         for task in run.tasks(which)
         for episode in task.episodes

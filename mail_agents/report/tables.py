@@ -33,7 +33,7 @@ def score_rows(results: Sequence[RunResult], which: str = "last") -> Rows:
     groups = agents_of(results)
     tasks = task_names(results, which)
     success = summary.is_success(results, which)
-    seeds = max(len(runs) for runs in groups.values()) >= _SEEDS
+    seeds = max(len({r.seed for r in runs}) for runs in groups.values()) >= _SEEDS
     header = ["agent", *tasks, *(["all tasks"] if len(tasks) > 1 else [])]
     header += ["IQM over seeds"] * seeds + ["parameters", "updates", "training"]
     rows, values = [], []
@@ -46,7 +46,7 @@ def score_rows(results: Sequence[RunResult], which: str = "last") -> Rows:
             cells.append(summary.format_score(estimate, success) if estimate else "not run")
             scores.append(estimate.value if estimate else None)
         if seeds:
-            if len(runs) >= _SEEDS:
+            if len({run.seed for run in runs}) >= _SEEDS:
                 estimate = stats.stratified_bootstrap_iqm(stats.score_matrix(runs, which))
                 cells.append(summary.format_score(estimate, success))
             else:

@@ -129,7 +129,9 @@ def test_a_world_without_success_is_summarised_by_returns():
 
 def test_score_matrix_needs_the_same_tasks(results):
     assert stats.score_matrix(results[:1]).tolist() == [[1.0, 0.75]]
-    other = RunResult("x", "ED-Ma BC", "d", 1, evaluations={"last": results[0].tasks()[:1]})
+    elsewhere = RunResult("x", "X", "second", 0, evaluations=results[1].evaluations)
+    assert stats.score_matrix([results[0], elsewhere]).tolist() == [[1.0, 0.75, 0.95, 0.3]]
+    other = RunResult("x", "ED-Ma BC", "demo", 1, evaluations={"last": results[0].tasks()[:1]})
     with pytest.raises(InvalidInputError, match="different tasks"):
         stats.score_matrix([results[0], other])
 

@@ -1,0 +1,146 @@
+"""Every code block of the README and of docs/ runs, or says why it does not."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!--\s*not run: (\S[^>]*?)\s*-->\s*\Z")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block; ``skipped`` is the reason why it does not run, or empty."""
+
+    language: str
+    code: str
+    line: int
+    skipped: str
+
+
+def blocks_of(text: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(text):
+        marker = NOT_RUN.search(text[: match.start()])
+        line = text[: match.start()].count("\n") + 1
+        found.append(Block(match[1], match[2], line, marker[1] if marker else ""))
+    return found
+
+
+def runnable(text: str) -> list[Block]:
+    return [b for b in blocks_of(text) if b.language in ("python", "bash") and not b.skipped]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty folder in which `python scripts/...` and `mail-agents` work as in a checkout."""
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "constraints.txt").symlink_to(ROOT / "constraints.txt")
+    tools = tmp_path / ".tools"
+    tools.mkdir()
+    for name, arguments in {"python": "", "mail-agents": "-m mail_agents.cli "}.items():
+        launcher = tools / name
+        launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
+        launcher.chmod(0o755)
+    roots = [str(ROOT / folder) for folder in (".", "envs", "wrappers", "baselines")]
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(roots))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_page(page: Path, blocks: list[Block]) -> None:
+    """Runs the blocks of one page in order; Python blocks share their names."""
+    names: dict = {"__name__": "__main__"}
+    for block in blocks:
+        where = f"{page.name}:{block.line}"
+        if block.language == "python":
+            # Padding makes the line numbers of a traceback those of the page.
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.code],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, f"{where}\n{block.code}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=str(page.relative_to(ROOT)))
+        for page in PAGES
+        if runnable(page.read_text())
+    ],
+)
+def test_code_blocks_run(page, place):
+    run_page(page, runnable(page.read_text()))
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES])
+def test_markers_stand_before_a_block(page):
+    text = page.read_text()
+    skipped = [block for block in blocks_of(text) if block.skipped]
+    assert len(skipped) == text.count("<!-- not run"), "a marker without a block"
+    assert all(block.language in ("python", "bash") for block in skipped)
+
+
+def test_blocks_are_found_and_can_fail(place):
+    page = (
+        "```python\nx = 1\n```\n\n<!-- not run: needs a GPU -->\n```bash\nfalse\n```\n"
+        "```text\nnot code\n```\n```bash\nmail-agents list >/dev/null\n```\n"
+        "```python\nassert x == 2\n```\n"
+    )
+    found = runnable(page)
+    assert [(block.language, block.line) for block in found] == [
+        ("python", 1), ("bash", 13), ("python", 16),
+    ]  # fmt: skip
+    run_page(Path("page.md"), found[:2])
+    with pytest.raises(AssertionError):
+        run_page(Path("page.md"), found)
+    with pytest.raises(AssertionError, match="false"):
+        run_page(Path("page.md"), blocks_of(page)[1:2])
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_every_command_names_a_script_that_exists():
+    for page in PAGES:
+        for script in re.findall(r"scripts/(\w+\.py)", page.read_text()):
+            assert (ROOT / "scripts" / script).exists(), f"{page.relative_to(ROOT)}: {script}"
+
+
+@pytest.mark.slow
+def test_site_builds(tmp_path):
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed (extra 'docs')")
+    for name in ("mail_agents", "envs", "wrappers", "baselines", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", "site"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "api" / "report" / "index.html").read_text()
+    assert "wilson_interval" in page
