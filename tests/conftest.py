@@ -1,7 +1,12 @@
 """Shared by every test: nothing outside the temporary directory is written or read."""
 
+import json
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,11 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+IMPORT_ROOTS = [str(REPOSITORY / folder) for folder in ("", "envs", "wrappers", "baselines")]
+THIRD_PARTY = REPOSITORY / "tests" / "third_party"
+
+# A stranger's package with a world that needs no simulator; importable, but not installed.
+sys.path.append(str(THIRD_PARTY))
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +59,114 @@ def one_torch_thread():
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def point_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with eight demonstrations of the toy world (``tests/third_party/toybox``)."""
+    from toybox.world import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("data") / "point").path
+
+
+_PRELOADED = (
+    "mail_agents.agents.mail",
+    "mail_agents.objectives.diffusion",
+    "mail_agents.report",
+    "mail_agents.suite",
+    "mail_agents.training.runs",
+)
+
+
+@dataclass
+class Job:
+    """A script that runs in a process of its own."""
+
+    pid: int
+    log: Path
+    server: "ScriptServer"
+
+    def kill(self) -> None:
+        """Ends it as ``kill -9`` does; harmless when it has ended already."""
+        os.kill(self.pid, 9)
+
+    def wait(self) -> int:
+        """Exit status, -9 when it was killed."""
+        return int(self.server.ask({"wait": self.pid}))
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far, to both streams."""
+        return self.log.read_text() if self.log.exists() else ""
+
+
+class ScriptServer:
+    """Starts scripts in processes forked from one that has imported torch already."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(REPOSITORY / "tests" / "script_server.py")]
+        self._path = [*IMPORT_ROOTS, str(THIRD_PARTY)]
+        self._process = subprocess.Popen(
+            [*command, *_PRELOADED],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(self._path)},
+        )
+
+    def ask(self, message: dict) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def start(
+        self,
+        directory: Path,
+        name: str,
+        *arguments: object,
+        prelude: str = "",
+        environment: dict[str, str] | None = None,
+        path: Sequence[str] = (),
+    ) -> Job:
+        """Starts ``scripts/<name>.py``.
+
+        Args:
+            directory: Working directory.
+            name: Script.
+            arguments: Its command line.
+            prelude: Python code to run in the process before the script.
+            environment: Environment variables to add.
+            path: Folders to put before the import path.
+        """
+        log = directory / f"{name}-{time.monotonic_ns()}.log"
+        roots = os.pathsep.join([*path, *self._path])
+        job = {
+            "argv": [str(REPOSITORY / "scripts" / f"{name}.py"), *map(str, arguments)],
+            "directory": str(directory),
+            "output": str(log),
+            "prelude": prelude,
+            "path": [str(entry) for entry in path],
+            "environment": {**os.environ, "PYTHONPATH": roots, **(environment or {})},
+        }
+        return Job(int(self.ask(job)), log, self)
+
+    def run(self, directory: Path, name: str, *arguments: object, **options) -> tuple[int, str]:
+        """Runs a script to its end; exit status and output."""
+        job = self.start(directory, name, *arguments, **options)
+        return job.wait(), job.output
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """Runs the scripts; see :class:`ScriptServer`."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    server = ScriptServer()
+    yield server
+    server.close()
