@@ -15,8 +15,9 @@ from mail_agents.features import Feature
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-#: Smallest height and width: the network divides both by 32.
-MIN_SIZE = 32
+#: Smallest height and width: the network divides both by 32, rounding up, and a keypoint on a map
+#: of one row or column cannot move.
+MIN_SIZE = 33
 
 _CHANNELS_PER_GROUP = 16
 
@@ -114,7 +115,7 @@ class ResNetEncoder(nn.Module):
     ``out_dim=128``. There is no cropping, resizing or flipping.
 
     Args:
-        feature: The camera: shape ``(height, width, 3)``, both sizes at least 32.
+        feature: The camera: shape ``(height, width, 3)``, both sizes above 32.
         out_dim: Width of the result.
 
     Raises:

@@ -214,7 +214,7 @@ def two_modes(rows, seed):
     return out | {"action": (0.8 * sign).expand(rows, 4, 2)}
 
 
-def train(p, steps, lr=3e-3):
+def train(p, steps, lr=5e-3):
     optimizer = torch.optim.Adam(p.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(0)
     p.train()
@@ -231,7 +231,7 @@ def train(p, steps, lr=3e-3):
 
 def test_diffusion_learns_both_modes_and_regression_their_mean():
     diffusion, regression = policy(objective="ddpm"), policy(objective="bc")
-    losses = train(diffusion, 300)
+    losses = train(diffusion, 250)
     assert np.mean(losses[-10:]) < 0.5 * losses[0]
     drawn = sample(diffusion, batch(40))
     assert ((drawn.abs() - 0.8).abs() < 0.3).float().mean() > 0.65

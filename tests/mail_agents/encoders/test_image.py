@@ -9,7 +9,7 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.features import Feature
 
 
-def camera(height=32, width=32):
+def camera(height=33, width=33):
     return Feature("image", (height, width, 3), "uint8")
 
 
@@ -46,8 +46,8 @@ def test_feature_map_and_output_shape_at_128_pixels():
         assert encoder(images(1, 2, 128, 128)).shape == (1, 2, 128)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (40, 100), (33, 47)])
-def test_any_size_from_32_pixels_and_not_square(size):
+@pytest.mark.parametrize("size", [(33, 33), (40, 100), (64, 47)])
+def test_any_size_above_32_pixels_and_not_square(size):
     with torch.inference_mode():
         out = ResNetEncoder(camera(*size), 8)(images(2, 1, *size))
     assert out.shape == (2, 1, 8)
@@ -56,7 +56,7 @@ def test_any_size_from_32_pixels_and_not_square(size):
 
 def test_frames_are_encoded_independently_of_their_place():
     encoder = ResNetEncoder(camera(), 8).eval()
-    x = images(2, 3, 32, 32)
+    x = images(2, 3, 33, 33)
     with torch.inference_mode():
         whole, alone = encoder(x), encoder(x[1:, 2:])
     torch.testing.assert_close(whole[1, 2], alone[0, 0])
@@ -67,7 +67,7 @@ def test_scaling_is_imagenet_on_zero_to_one():
     seen = []
     encoder.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.inference_mode():
-        encoder(torch.full((1, 1, 32, 32, 3), 255, dtype=torch.uint8))
+        encoder(torch.full((1, 1, 33, 33, 3), 255, dtype=torch.uint8))
     expected = [
         (1 - m) / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
     ]
@@ -82,14 +82,20 @@ def test_spatial_softmax_finds_the_peak_as_x_then_y():
     torch.testing.assert_close(pool(x), torch.tensor([[[-0.5, 1.0]]]))
 
 
+def test_the_smallest_camera_still_learns():
+    encoder = ResNetEncoder(camera(), 8)
+    encoder(images(2, 1, 33, 33)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+
+
 def test_float_images_and_other_sizes_are_refused():
     encoder = ResNetEncoder(camera(), 8)
     with pytest.raises(InvalidInputError, match="uint8"):
-        encoder(torch.zeros(1, 1, 32, 32, 3))
-    with pytest.raises(InvalidInputError, match=r"\(1, 1, 32, 48, 3\)"):
-        encoder(images(1, 1, 32, 48))
-    with pytest.raises(InvalidInputError, match="at least 32x32"):
-        ResNetEncoder(camera(31, 64), 8)
+        encoder(torch.zeros(1, 1, 33, 33, 3))
+    with pytest.raises(InvalidInputError, match=r"\(1, 1, 33, 48, 3\)"):
+        encoder(images(1, 1, 33, 48))
+    with pytest.raises(InvalidInputError, match="at least 33x33"):
+        ResNetEncoder(camera(32, 64), 8)
     with pytest.raises(InvalidInputError, match="RGB"):
         ResNetEncoder(Feature("image", (64, 64, 1), "uint8"), 8)
 
@@ -101,7 +107,7 @@ def test_cameras_start_identical_and_are_concatenated_alphabetically():
         assert torch.equal(p, q)
         assert p is not q
     with torch.inference_mode():
-        dark, light = images(1, 1, 32, 32, seed=1), images(1, 1, 32, 32, seed=2)
+        dark, light = images(1, 1, 33, 33, seed=1), images(1, 1, 33, 33, seed=2)
         out = encoder({"z": dark, "a": light})
         torch.testing.assert_close(out[..., :4], first(light))
         torch.testing.assert_close(out[..., 4:], first(dark))
