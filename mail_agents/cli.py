@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
@@ -18,6 +18,9 @@ from mail_agents.errors import (
     MissingDependencyError,
     unknown_name,
 )
+
+if TYPE_CHECKING:
+    from mail_agents.data.store import StoreDataset
 
 #: Entry-point group of converters, each ``"module:function"``. ``minari`` reads that format and is
 #: called with (source, folder of the new store), ``to-minari`` writes it: (dataset, output).
@@ -73,7 +76,7 @@ class Inspect:
     path: Positional[Path]
     """Folder of the store."""
     frames: Path | None = None
-    """Write a PNG with sample frames of every camera."""
+    """Folder for a PNG of sample frames of each camera."""
     json: bool = False
     """Print JSON."""
 
@@ -257,20 +260,37 @@ def _info(command: Info) -> int:
 
 
 def _inspect(command: Inspect) -> int:
-    from rich.console import Console
-
+    from mail_agents.data.inspect import dataset_report, format_report
     from mail_agents.data.store import open_dataset
-    from mail_agents.report.dataset import describe, frame_grid, print_description
 
     dataset = open_dataset(command.path)
-    description = describe(dataset)
+    report = dataset_report(dataset)
     if command.json:
-        _print_json(description)
+        _print_json(report)
     else:
-        print_description(description, Console())
+        print(format_report(report))
     if command.frames is not None:
-        print(f"frames: {frame_grid(dataset, command.frames)}", file=sys.stderr)
+        for path in _write_frames(dataset, command.frames):
+            print(f"frames: {path}", file=sys.stderr)
     return 0
+
+
+def _write_frames(dataset: "StoreDataset", folder: Path) -> list[Path]:
+    import imageio.v3 as iio
+
+    from mail_agents.data.inspect import frame_grid
+
+    cameras = dataset.features.of_kind("image")
+    if not cameras:
+        keys = ", ".join(dataset.features.observations)
+        raise InvalidInputError(f"There are no images to show; the data set observes {keys}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for camera in cameras:
+        path = folder / f"{camera.replace('/', '-')}.png"
+        iio.imwrite(path, frame_grid(dataset, camera))
+        written.append(path)
+    return written
 
 
 def _convert(command: Convert) -> int:

@@ -106,7 +106,7 @@ def test_blocks_are_found_and_can_fail(place):
     )
     found = runnable(page)
     assert [(block.language, block.line) for block in found] == [
-        ("python", 1), ("bash", 13), ("python", 16),
+        ("python", 1), ("bash", 12), ("python", 15),
     ]  # fmt: skip
     run_page(Path("page.md"), found[:2])
     with pytest.raises(AssertionError):
