@@ -10,7 +10,7 @@ import gymnasium
 
 from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import TaskResult, Video, group_by_task
-from mail_agents.rollout import EpisodeResult, Evaluation, MakeEnv, evaluate
+from mail_agents.rollout import Evaluation, MakeEnv, evaluate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,9 +72,9 @@ def worlds_of(env_specs: Mapping[str, Mapping[str, Any]]) -> list[World]:
     return [World.from_spec(task, spec) for task, spec in env_specs.items()]
 
 
-def evaluate_world(
+def evaluate_worlds(
     agent: "Agent",
-    world: World,
+    worlds: Sequence[World],
     n_episodes: int,
     *,
     seed: int,
@@ -82,35 +82,42 @@ def evaluate_world(
     deterministic: bool = False,
     directory: Path | None = None,
     videos: int = 0,
-    on_episode: Callable[[EpisodeResult], None] | None = None,
-) -> Evaluation:
-    """Evaluates one task, optionally writing results and videos into ``directory``.
+    say: Callable[[str], None] = print,
+) -> dict[str, Evaluation]:
+    """Evaluates every task, says one line each, and optionally writes results and videos.
 
     Args:
         agent: A trained agent.
-        world: The task's environment.
-        n_episodes: Episodes.
+        worlds: The tasks' environments, see :func:`worlds_of`.
+        n_episodes: Episodes per task.
         seed: Root seed of the episodes.
         n_envs: Environments side by side.
         deterministic: Whether the agent leaves out sampling noise.
-        directory: Where ``episodes.jsonl``, ``summary.json`` and videos go.
-        videos: Successful episodes to record, and as many failed ones.
-        on_episode: Called after each episode.
+        directory: Where ``episodes.jsonl``, ``summary.json`` and videos go, one folder per task.
+        videos: Successful episodes to record per task, and as many failed ones.
+        say: Receives one line per task.
+
+    Returns:
+        Evaluations by task.
     """
-    evaluation = evaluate(
-        agent,
-        world.maker(),
-        n_episodes,
-        seed=seed,
-        n_envs=n_envs,
-        task=world.task,
-        deterministic=deterministic,
-        on_episode=on_episode,
-    )
-    if directory is not None:
-        evaluation.save(directory)
-        _record(agent, world, evaluation, videos, seed, deterministic, directory)
-    return evaluation
+    evaluations = {}
+    for world in worlds:
+        evaluation = evaluate(
+            agent,
+            world.maker(),
+            n_episodes,
+            seed=seed,
+            n_envs=n_envs,
+            task=world.task,
+            deterministic=deterministic,
+        )
+        say(f"{world.task}: {evaluation}")
+        if directory is not None:
+            folder = directory / world.task.replace("/", "-")
+            evaluation.save(folder)
+            _record(agent, world, evaluation, videos, seed, deterministic, folder)
+        evaluations[world.task] = evaluation
+    return evaluations
 
 
 def _record(
@@ -149,7 +156,7 @@ def completed_evaluations(run: str | Path, tasks: Sequence[str]) -> dict[int, li
     """Reads every complete evaluation of a run, by step; incomplete ones (a killed run) are left out."""
     found = {}
     for directory in sorted((Path(run) / "eval").glob("step-*")):
-        files = [directory / task / "episodes.jsonl" for task in tasks]
+        files = [directory / task.replace("/", "-") / "episodes.jsonl" for task in tasks]
         if all(file.exists() for file in files):
             lines = [line for file in files for line in file.read_text().splitlines()]
             step = int(directory.name.removeprefix("step-"))

@@ -23,7 +23,7 @@ from mail_agents.agent import Agent
 from mail_agents.checkpoint import write_atomic
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.features import FeatureSpec
-from mail_agents.suite import World, evaluate_world, worlds_of
+from mail_agents.suite import World, evaluate_worlds, worlds_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Args:
     videos: int = 0
     """Successful and failed episodes to record per task."""
     output: str | None = None
-    """New directory for episodes, summaries and videos, one folder per task; None writes nothing."""
+    """New directory for results and videos, one folder per task; None writes nothing."""
     device: str = "auto"
     """'auto', 'cpu' or 'cuda'."""
     as_json: bool = False
@@ -94,8 +94,8 @@ def load_or_make(args: Args) -> Agent:
         agent = mail_agents.make(args.agent, features, device=args.device, seed=args.seed)
     if any(p.requires_grad for p in agent.policy.parameters()):
         raise InvalidInputError(
-            f"Agent {args.agent!r} must be trained before it is evaluated: run "
-            f"'python scripts/train.py --agent {args.agent} --dataset DATASET' and pass the artifact."
+            f"Agent {args.agent!r} must be trained first: run 'python scripts/train.py "
+            f"--agent {args.agent} --dataset DATASET' and evaluate the artifact it writes."
         )
     return agent
 
@@ -109,25 +109,22 @@ def main(args: Args) -> None:
         raise InvalidInputError("Videos need a place: give --output DIRECTORY.")
     if output is not None and (output / "summary.json").exists():
         raise InvalidInputError(f"{output} already holds an evaluation; choose another --output.")
-    summaries = {}
     console.print(
         f"{agent.agent_id}: history {agent.config.history}, executes {agent.config.executed} of "
         f"{agent.config.horizon} predicted actions"
     )
-    for world in resolve_worlds(args, agent):
-        with console.status(f"{world.task} ..."):
-            evaluation = evaluate_world(
-                agent,
-                world,
-                args.episodes,
-                seed=args.seed,
-                n_envs=args.n_envs,
-                deterministic=args.deterministic,
-                directory=None if output is None else output / world.task,
-                videos=args.videos,
-            )
-        console.print(f"{world.task}: {evaluation}")
-        summaries[world.task] = evaluation.summary()
+    evaluations = evaluate_worlds(
+        agent,
+        resolve_worlds(args, agent),
+        args.episodes,
+        seed=args.seed,
+        n_envs=args.n_envs,
+        deterministic=args.deterministic,
+        directory=output,
+        videos=args.videos,
+        say=console.print,
+    )
+    summaries = {task: evaluation.summary() for task, evaluation in evaluations.items()}
     text = json.dumps(summaries, indent=2, sort_keys=True)
     if args.as_json:
         print(text)

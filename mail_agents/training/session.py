@@ -1,0 +1,133 @@
+"""What train scripts do before and after their loop: start or resume, and sum up."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mail_agents.checkpoint import (
+    has_checkpoint,
+    last_checkpoint,
+    load_checkpoint,
+    restore_training_state,
+)
+from mail_agents.errors import InvalidInputError
+from mail_agents.report.results import RunResult
+from mail_agents.suite import completed_evaluations, evaluation_directory, recorded_videos
+from mail_agents.training.runs import read_metrics
+
+if TYPE_CHECKING:
+    from mail_agents.agent import Agent
+    from mail_agents.data.dataset import TrajectoryDataset
+    from mail_agents.data.windows import BatchSampler, WindowView
+
+
+def trainable_parameters(agent: "Agent") -> int:
+    """Number of weights that training changes; 0 for reference agents."""
+    return sum(p.numel() for p in agent.policy.parameters() if p.requires_grad)
+
+
+def open_agent(
+    run: Path,
+    resume: bool,
+    dataset: "TrajectoryDataset",
+    episodes: Sequence[int],
+    make: Callable[[], "Agent"],
+    device: str,
+) -> tuple["Agent", dict[str, Any] | None]:
+    """Makes and fits a new agent, or loads the one of the run's last checkpoint.
+
+    A run killed before its first checkpoint starts again, with the same seeds.
+
+    Args:
+        run: Run directory.
+        resume: Whether to continue the run.
+        dataset: What it trains on.
+        episodes: Training episodes, for the statistics of a new agent.
+        make: Makes a new agent.
+        device: Where a loaded agent goes.
+
+    Returns:
+        The agent, and the saved state for :func:`start_training` (None for a new agent).
+
+    Raises:
+        InvalidInputError: The run was trained on other data.
+        CorruptFileError: The checkpoint cannot be used.
+    """
+    if not resume or not has_checkpoint(run):
+        agent = make()
+        agent.fit_statistics(dataset, episodes)
+        return agent, None
+    agent, state = load_checkpoint(last_checkpoint(run), device=device)
+    trained_on = agent.provenance["dataset"]["sha256"]
+    if trained_on != dataset.info.sha256:
+        raise InvalidInputError(
+            f"{run} was trained on another dataset (sha256 {trained_on[:12]}) than "
+            f"{dataset.info.name!r} ({dataset.info.sha256[:12]}); a resumed run must see the same "
+            "data."
+        )
+    return agent, state
+
+
+def start_training(
+    agent: "Agent", state: Mapping[str, Any] | None, sampler: "BatchSampler", total_steps: int
+) -> tuple[int, float]:
+    """Prepares optimiser, random streams and sampler for the next update.
+
+    Args:
+        agent: From :func:`open_agent`, as is ``state``.
+        state: Saved state, or None for a new run.
+        sampler: Moved to where it was.
+        total_steps: Length of the run.
+
+    Returns:
+        The updates done so far and the seconds they took.
+    """
+    if trainable_parameters(agent):
+        agent.configure_optim(total_steps)
+    if state is None:
+        return 0, 0.0
+    restore_training_state(agent, state["agent"])
+    sampler.load_state_dict(state["loop"]["sampler"])
+    return int(state["step"]), float(state["loop"]["seconds"])
+
+
+@torch.no_grad()
+def validation_loss(agent: "Agent", windows: "WindowView", limit: int = 512) -> float:
+    """Loss on held-out windows, without dropout and without advancing the training noise."""
+    agent.policy.eval()
+    noise = agent.generator.get_state()
+    loss, _ = agent.loss(windows[: min(limit, len(windows))])
+    agent.generator.set_state(noise)
+    return float(loss)
+
+
+def summarise_run(
+    agent: "Agent", run: Path, tasks: Sequence[str], steps: int, seconds: float, seed: int
+) -> RunResult:
+    """Collects from a finished run what a comparison needs.
+
+    ``"best"`` is the evaluation with the highest mean score over tasks (the later one when equal);
+    it is there only when the run was evaluated more than once.
+    """
+    evaluations = completed_evaluations(run, tasks)
+    named = {"last": evaluations[steps]} if steps in evaluations else {}
+    if len(evaluations) > 1:
+        best = max(evaluations, key=lambda step: (sum(t.score for t in evaluations[step]), step))
+        named["best"] = evaluations[best]
+    rows = [row for row in read_metrics(run) if "loss" in row]
+    return RunResult(
+        agent=agent.agent_id,
+        label=agent.agent_id,
+        dataset=agent.provenance["dataset"]["name"],
+        seed=seed,
+        parameters=trainable_parameters(agent),
+        train_steps=steps,
+        train_seconds=seconds,
+        curve=[(row["step"], row["loss"]) for row in rows],
+        curve_label=f"{getattr(agent.config, 'objective', 'training')} loss",
+        evaluations=named,
+        config=agent.config.to_dict(),
+        videos=recorded_videos(evaluation_directory(run, steps)),
+    )
