@@ -56,17 +56,22 @@ test: setup ## every check: format, lint, types, tests with coverage
 	if [ -n "$$now" ] && [ -z "$(FORCE)" ] && [ "$$now" = "$$(cat $(CHECKED) 2>/dev/null)" ]; then \
 		echo "test: reusing the result of the last run: all checks passed on exactly these files (make test FORCE=1 repeats them)"; \
 	else \
-		$(MAKE) --no-print-directory checks && echo "$$now" > $(CHECKED) && echo "test: all checks passed"; \
+		rm -f $(CHECKED); $(MAKE) --no-print-directory checks && echo "$$now" > $(CHECKED) && echo "test: all checks passed"; \
 	fi
 
-.PHONY: checks
-checks: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov=mail_agents --cov-report=term --cov-fail-under=90
-
-lint: setup ## format, lint and type checks only
+define LINT
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+endef
+
+.PHONY: checks
+checks:
+	$(LINT)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov=mail_agents --cov-report=term --cov-fail-under=90
+
+lint: setup ## format, lint and type checks only
+	$(LINT)
 
 format: setup ## rewrite files in the house format
 	$(BIN)/ruff format .
