@@ -16,7 +16,7 @@ from mail_agents.errors import InvalidInputError, require, unknown_name
 from mail_envs.catalogue import METAWORLD_CAMERAS, METAWORLD_TASKS
 from mail_envs.rendering import OffscreenRenderer, RenderQuality, import_mujoco
 
-mujoco = import_mujoco("Meta-World")
+import_mujoco("Meta-World")
 env_dict = require("metaworld.env_dict", "sim", purpose="Meta-World")
 
 #: The camera of videos.
@@ -49,9 +49,9 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     same rollout, whatever happened in this environment before. ``reset()`` continues the random
     stream of the last seed.
 
-    Differences from upstream: it fixes the placement (50 of them) through pickled task objects and
-    ignores ``reset(seed=)``; it never terminates; object placements written into the model survive
-    resets and are visible to the next one for a moment, which is undone here before each reset.
+    Differences from upstream: there, a placement is one of 50 pickled task objects and
+    ``reset(seed=)`` is ignored, and episodes never terminate. Given the same placement and actions,
+    observations and rewards are equal bit for bit.
 
     Args:
         task: Task name, for example ``"reach-v3"``.
@@ -93,8 +93,6 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._images = OffscreenRenderer(image_size, render_quality)
         self._video = OffscreenRenderer(render_size, render_quality)
         self._sim = _make_sim(task)
-        # The only two model fields that tasks write to (object and goal placement).
-        self._pristine = self._sim.model.body_pos.copy(), self._sim.model.site_pos.copy()
         self._running = False
         image_space = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict(
@@ -125,11 +123,11 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                 "Choose the initial placement with reset(seed=...)."
             )
         sim = self._sim
-        self._restore_model()
         sim.np_random = self.np_random
         sim._freeze_rand_vec = False
-        # The first pass draws the placement (redrawing invalid ones). The second repeats it with
-        # the objects already there: some tasks measure before MuJoCo has moved the bodies.
+        # The first pass draws the placement (redrawing invalid ones). The second repeats it from
+        # MuJoCo's initial state with the objects already there: some tasks measure positions
+        # before MuJoCo has moved the bodies, and would see those of the previous episode.
         sim.reset_model()
         sim._freeze_rand_vec = True
         state, _ = sim.reset()
@@ -175,12 +173,6 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         """Frees the OpenGL contexts."""
         self._images.close()
         self._video.close()
-
-    def _restore_model(self) -> None:
-        body_pos, site_pos = self._pristine
-        self._sim.model.body_pos[:] = body_pos
-        self._sim.model.site_pos[:] = site_pos
-        mujoco.mj_resetData(self._sim.model, self._sim.data)
 
     def _observe(self, state: np.ndarray) -> dict[str, np.ndarray]:
         observation = {"state": np.array(state, dtype=np.float64)}
