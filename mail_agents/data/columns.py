@@ -25,13 +25,13 @@ INFO = "info/"
 
 def episode_columns(episode: Episode) -> dict[str, np.ndarray]:
     """Names the arrays of an episode: ``obs/<key>``, ``action``, ``reward``, ``info/<key>``."""
-    out = {OBSERVATION + key: array for key, array in sorted(episode.observations.items())}
+    out = {OBSERVATION + key: array for key, array in episode.observations.items()}
     out["action"] = episode.actions
     out["reward"] = episode.rewards
     out["termination"] = episode.terminations
     out["truncation"] = episode.truncations
-    out.update({INFO + key: array for key, array in sorted(episode.infos.items())})
-    return out
+    out.update({INFO + key: array for key, array in episode.infos.items()})
+    return dict(sorted(out.items()))  # the order that a journal line is read back in
 
 
 def _plain(value: Any) -> Any:
@@ -67,10 +67,10 @@ def make_entry(episode: Episode, source_id: str | None) -> dict[str, Any]:
         ) from error
     columns = {}
     for name, array in episode_columns(episode).items():
-        if array.dtype.kind not in "biufcUS":
+        if array.dtype.kind not in "biufUS":
             raise InvalidInputError(
-                f"Episode {source_id or ''}: {name!r} has dtype {array.dtype}; only numbers, "
-                "booleans and text can be stored."
+                f"Episode {source_id or ''}: {name!r} has dtype {array.dtype}; only real "
+                "numbers, booleans and text can be stored."
             )
         columns[name] = {
             "dtype": array.dtype.str,
@@ -348,13 +348,11 @@ def content_sha256(
     column_sha256: Mapping[str, str],
 ) -> str:
     """Identity of a dataset: equal for equal content, in memory or on disk."""
-    digest = hashlib.sha256()
     parts = {
         "features": features.to_dict(),
         "tasks": list(tasks),
         "columns": dict(column_sha256),
         "tables": {name: array_sha256(array) for name, array in table.to_arrays().items()},
+        "meta": list(table.metas),
     }
-    digest.update(canonical_json(parts).encode())
-    digest.update(table.to_lines())
-    return digest.hexdigest()
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()

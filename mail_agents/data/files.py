@@ -21,6 +21,15 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
+def read_up_to(file: BinaryIO, size: int) -> bytes:
+    """Reads ``size`` bytes, fewer only at the end of the file (one read may give less)."""
+    parts = []
+    while size > 0 and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
 class ColumnFile:
     """One growing ``.npy`` file.
 
@@ -35,8 +44,12 @@ class ColumnFile:
         self._header = len(npy_header(column.dtype, (0, *column.shape)))
         fresh = not path.exists()
         self._file: BinaryIO = open(path, "x+b" if fresh else "r+b", buffering=0)  # noqa: SIM115
-        if fresh:
-            write_all(self._file, npy_header(column.dtype, (0, *column.shape)))
+        try:
+            if fresh:
+                write_all(self._file, npy_header(column.dtype, (0, *column.shape)))
+        except OSError:
+            self.close()
+            raise
 
     def write(self, array: np.ndarray, at: int) -> None:
         """Writes rows from row ``at`` on, without making them valid."""
@@ -48,7 +61,7 @@ class ColumnFile:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Reads rows ``start..stop-1``."""
         self._file.seek(self._header + start * self.column.row_bytes)
-        data = self._file.read((stop - start) * self.column.row_bytes)
+        data = read_up_to(self._file, (stop - start) * self.column.row_bytes)
         whole = len(data) // max(1, self.column.row_bytes)
         array = np.frombuffer(data, self.column.dtype, whole * int(np.prod(self.column.shape)))
         return array.reshape(whole, *self.column.shape)
@@ -59,9 +72,11 @@ class ColumnFile:
         other = self.path.with_suffix(".wide")
         other.unlink(missing_ok=True)
         target = ColumnFile(other, wide)
-        for start in range(0, self.rows, _COPY_ROWS):
-            target.write(self.read(start, min(start + _COPY_ROWS, self.rows)), at=start)
-        target.close()
+        try:
+            for start in range(0, self.rows, _COPY_ROWS):
+                target.write(self.read(start, min(start + _COPY_ROWS, self.rows)), at=start)
+        finally:
+            target.close()
         self.close()
         os.replace(other, self.path)
         self.column = wide
@@ -107,7 +122,7 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def swap_in(new: Path, path: Path) -> None:
+def swap_in(new: Path, path: Path, *, overwrite: bool) -> None:
     """Moves the finished folder into place; the store it replaces comes back on failure."""
     old = replaced_path(path)
     present = (path / MANIFEST).is_file()
@@ -123,7 +138,7 @@ def swap_in(new: Path, path: Path) -> None:
             os.rename(old, path)
         raise
     sync_folder(path.parent)
-    if present:
+    if overwrite:  # also what an interrupted overwrite left
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -286,6 +286,8 @@ class StoreWriter:
                     self._commit()
         finally:
             self._close()
+            if not self._ledger.entries:
+                shutil.rmtree(self._partial, ignore_errors=True)
         if kind is None:
             shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -308,7 +310,7 @@ class StoreWriter:
         self._write_tables()
         sync_folder(self._data)
         self._check_target()
-        swap_in(self._data, self.path)
+        swap_in(self._data, self.path, overwrite=self.overwrite)
 
     def _write_tables(self) -> None:
         ledger, table = self._ledger, self._ledger.table()

@@ -119,7 +119,7 @@ def test_statistics_travel_in_the_state_dict(data):
 def test_wrong_shapes_modes_and_values_are_refused(data):
     with pytest.raises(FeatureMismatchError, match=r"shape \(4,\), expected \(3,\)"):
         Normalizer("mean_std", (3,)).fit(statistics(data))
-    with pytest.raises(InvalidInputError, match="'zscore' is unknown.*mean_std"):
+    with pytest.raises(InvalidInputError, match=r"'zscore' is unknown.*mean_std"):
         Normalizer("zscore", (3,))  # type: ignore[arg-type]
     bad = statistics(data)
     bad.mean[0] = np.nan

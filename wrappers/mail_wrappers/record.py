@@ -17,7 +17,7 @@ from mail_agents.features import FeatureSpec, as_mapping
 SUCCESS_KEYS = ("success", "is_success")
 
 
-class RecordEpisodes(gymnasium.Wrapper):
+class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """Records every episode that passes through, with its final observation and its seed.
 
     An episode is delivered when the environment ends it, when ``reset`` or ``close`` cuts it short
@@ -62,7 +62,11 @@ class RecordEpisodes(gymnasium.Wrapper):
                 "RecordEpisodes wraps one environment. Wrap each one before vectorising: "
                 "SyncVectorEnv([lambda: RecordEpisodes(make()), ...])."
             )
-        super().__init__(env)
+        # The sink is left out: an environment rebuilt from the spec keeps its episodes itself.
+        gymnasium.utils.RecordConstructorArgs.__init__(
+            self, task=task, only_successful=only_successful
+        )
+        gymnasium.Wrapper.__init__(self, env)
         if isinstance(env.action_space, spaces.Dict | spaces.Tuple):
             raise InvalidInputError(
                 f"Actions of a {type(env.action_space).__name__} space cannot be recorded as one "

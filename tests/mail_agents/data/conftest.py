@@ -9,7 +9,7 @@ from mail_agents.data import Episode
 
 
 def build_episode(number: int, length: int, *, images: bool = True, text: bool = True) -> Episode:
-    """An episode of everything: states, an image under a nested key, text of its own width, infos."""
+    """An episode of everything: states, a nested image key, text of its own width, infos."""
     rng = np.random.default_rng([number, length])
     observations = {"state": rng.normal(size=(length + 1, 3))}
     observations["state"][0, 0] = -0.0

@@ -240,8 +240,8 @@ def write_minari(
     """Writes a dataset as a new local Minari dataset, images lossless.
 
     A dataset that came from Minari gets its spaces, environment specs, reference scores, authors
-    and every other metadata entry back. Otherwise spaces are derived from the features. Tasks, ``meta``
-    and environment specs of several tasks travel in the metadata entry ``mail_agents``.
+    and every other metadata entry back. Otherwise spaces are derived from the features. Tasks,
+    ``meta`` and environment specs of several tasks travel in the metadata entry ``mail_agents``.
 
     Args:
         dataset: The dataset.
