@@ -29,7 +29,7 @@ TaskEmbedder = Callable[[Sequence[str]], np.ndarray]
 class Policy(nn.Module, ABC):
     """A stateless network over normalised windows: what is compiled, exported and wrapped in DDP.
 
-    Batch keys (batch first): ``obs/<key>`` ``(B, H, ...)`` normalised floats (images stay uint8),
+    Batch keys (batch first): ``obs/<key>`` ``(B, H, ...)`` normalised floats (images are uint8),
     ``mask`` ``(B, H)`` bool valid history, ``task_emb`` ``(B, E)`` for language-conditioned agents,
     ``past_action`` ``(B, H-1, A)``, ``rtg`` and ``timestep`` ``(B, H)``; for :meth:`loss` also
     ``action`` ``(B, J, A)`` normalised targets and ``action_mask`` ``(B, J)``.
@@ -50,10 +50,10 @@ class Policy(nn.Module, ABC):
     def forward(
         self, batch: Batch, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, so that ``DistributedDataParallel`` and ``compile`` wrap what training calls."""
+        """The loss, so that ``DistributedDataParallel`` and ``compile`` wrap what trains."""
         return self.loss(batch, generator)
 
-    def set_action_bounds(self, low: Tensor, high: Tensor) -> None:  # noqa: B027 - optional hook
+    def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
         """Receives the normalised action bounds of the training data, each ``(A,)``."""
 
 
@@ -322,7 +322,8 @@ class Agent(ABC):
 
     def apply_gradients(self) -> dict[str, Tensor]:
         """Clips, steps the optimiser and the schedule, and updates the EMA."""
-        assert self.optimizer is not None and self.scheduler is not None
+        if self.optimizer is None or self.scheduler is None:
+            raise InvalidInputError("Call agent.configure_optim() before applying gradients.")
         metrics = {}
         if self.config.optim.grad_clip is not None:
             norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip)

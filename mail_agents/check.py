@@ -168,10 +168,12 @@ def _require(condition: bool, message: str) -> None:
 
 
 def spec_round_trip(subject: _Subject) -> None:
+    """The spec survives JSON."""
     _require(AgentSpec.from_json(subject.spec.to_json()) == subject.spec, "JSON changes the spec")
 
 
 def config_round_trip(subject: _Subject) -> None:
+    """The config survives JSON, and an unknown field is refused."""
     config = subject.config
     again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
     _require(again == config, f"JSON changes the config: {again} != {config}")
@@ -183,6 +185,7 @@ def config_round_trip(subject: _Subject) -> None:
 
 
 def missing_statistics_refused(subject: _Subject) -> None:
+    """Acting and training without normalisation statistics are refused."""
     agent = subject.new()
     if agent.fitted:
         raise NotApplicable("the agent needs no statistics")
@@ -198,6 +201,7 @@ def missing_statistics_refused(subject: _Subject) -> None:
 
 
 def act_contract(subject: _Subject) -> None:
+    """Acting gives finite actions of the right shape, type and range, and changes nothing else."""
     agent = subject.agent()
     observation = subject.observations(3)
     before = copy.deepcopy(observation)
@@ -221,6 +225,7 @@ def act_contract(subject: _Subject) -> None:
 
 
 def acts_unbatched(subject: _Subject) -> None:
+    """A single observation gives a single action."""
     agent = subject.agent()
     single = {key: value[0] for key, value in subject.observations(1).items()}
     agent.reset(seed=0, task="task-0")
@@ -233,6 +238,7 @@ def _rollout(subject: _Subject, agent: Agent, steps: int, **kwargs: Any) -> np.n
 
 
 def same_seed_same_actions(subject: _Subject) -> None:
+    """The same seed gives the same actions."""
     agent, steps = subject.agent(), 2 * subject.config.executed + 1
     for deterministic in (True, False):
         runs = []
@@ -243,6 +249,7 @@ def same_seed_same_actions(subject: _Subject) -> None:
 
 
 def deterministic_flag(subject: _Subject) -> None:
+    """deterministic=True does not depend on the seed."""
     agent = subject.agent()
     runs = []
     for seed in (5, 6):
@@ -252,6 +259,7 @@ def deterministic_flag(subject: _Subject) -> None:
 
 
 def slots_independent(subject: _Subject) -> None:
+    """Three slots together act like each of them alone."""
     agent, steps = subject.agent(), subject.config.executed + 1
     stream = [subject.observations(3, seed=t) for t in range(steps)]
     subject.begin(agent, 3)
@@ -272,6 +280,7 @@ def slots_independent(subject: _Subject) -> None:
 
 
 def partial_reset(subject: _Subject) -> None:
+    """Resetting one slot leaves the others alone."""
     agent = subject.agent()
     steps = subject.config.executed + 1
     stream = [subject.observations(2, seed=t) for t in range(steps)]
@@ -290,6 +299,7 @@ def partial_reset(subject: _Subject) -> None:
 
 
 def plans_every_executed_chunk(subject: _Subject) -> None:
+    """A plan is made exactly when the executed part of the last one is used up."""
     agent, executed = subject.agent(), subject.config.executed
     subject.begin(agent, 2)
     _rollout(subject, agent, 2 * executed + 1)
@@ -297,6 +307,7 @@ def plans_every_executed_chunk(subject: _Subject) -> None:
 
 
 def past_actions_ignore_future(subject: _Subject) -> None:
+    """Later observations do not change earlier actions."""
     agent, steps = subject.agent(), subject.config.executed + 2
     runs = []
     for later in (0, 1000):
@@ -321,6 +332,7 @@ def _noise(values: np.ndarray) -> np.ndarray:
 
 
 def padded_history_ignored(subject: _Subject) -> None:
+    """What stands in padded history does not matter."""
     agent, batch = subject.agent(), subject.batch()
     if batch["mask"].all():
         raise NotApplicable("windows have no padded history")
@@ -334,6 +346,7 @@ def padded_history_ignored(subject: _Subject) -> None:
 
 
 def padded_targets_ignored(subject: _Subject) -> None:
+    """What stands in padded targets does not matter."""
     agent = subject.agent()
     view = subject.dataset.windows(agent.window_spec)
     batch = view[np.arange(len(view))]
@@ -346,6 +359,7 @@ def padded_targets_ignored(subject: _Subject) -> None:
 
 
 def trains(subject: _Subject) -> None:
+    """The loss falls on eight repeated windows and gradients reach every parameter."""
     if subject.untrained:
         raise NotApplicable("the agent has no trainable parameters")
     agent, batch = subject.trainable(), subject.batch()
@@ -364,6 +378,7 @@ def trains(subject: _Subject) -> None:
 
 
 def save_and_load(subject: _Subject) -> None:
+    """A saved and loaded agent acts the same, and saving is reproducible."""
     agent = subject.agent()
     _require(artifact_bytes(agent) == artifact_bytes(agent), "saving twice gives other bytes")
     with tempfile.TemporaryDirectory() as directory:
@@ -378,6 +393,7 @@ def save_and_load(subject: _Subject) -> None:
 
 
 def other_device(subject: _Subject) -> None:
+    """Actions agree between CPU and CUDA."""
     if not torch.cuda.is_available():
         raise NotApplicable("no CUDA device here")
     agent = subject.agent()
@@ -392,6 +408,7 @@ def other_device(subject: _Subject) -> None:
 
 
 def policy_copies(subject: _Subject) -> None:
+    """The policy can be deep-copied."""
     policy = subject.agent().policy
     clone = copy.deepcopy(policy)
     same = [
@@ -402,6 +419,7 @@ def policy_copies(subject: _Subject) -> None:
 
 
 def bfloat16_autocast(subject: _Subject) -> None:
+    """The loss is finite under bfloat16 autocast."""
     if subject.untrained:
         raise NotApplicable("the agent has no trainable parameters")
     agent = subject.agent()
@@ -417,6 +435,7 @@ def _is_plain_mixer(module: torch.nn.Module) -> bool:
 
 
 def mixers_step_like_forward(subject: _Subject) -> None:
+    """Recurrent steps of every mixer agree with its parallel form."""
     policy = subject.agent().policy.eval()
     mixers = {type(m): m for m in policy.modules() if _is_plain_mixer(m)}
     if not mixers:

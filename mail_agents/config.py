@@ -10,7 +10,6 @@ import dacite
 
 from mail_agents.errors import InvalidInputError, unknown_name
 
-
 C = TypeVar("C")
 
 

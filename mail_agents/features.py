@@ -42,7 +42,9 @@ class Feature:
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
-            raise InvalidInputError(f"Feature kind {self.kind!r} is not one of {', '.join(_KINDS)}.")
+            raise InvalidInputError(
+                f"Feature kind {self.kind!r} is not one of {', '.join(_KINDS)}."
+            )
 
     @property
     def size(self) -> int:
@@ -119,14 +121,14 @@ def _from_leaf_space(space: spaces.Space) -> Feature:
         return Feature(kind="text", shape=(), dtype="str")
     raise InvalidInputError(
         f"Cannot describe a {type(space).__name__} space. Supported: Box, Discrete, MultiDiscrete, "
-        "MultiBinary, Text, and Dict or Tuple of these. Wrap the environment so that it returns one."
+        "MultiBinary, Text, and Dict or Tuple of these. Wrap the environment to return one of them."
     )
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Flattens nested mappings and tuples to ``{"a/b": leaf}``.
 
-    Works for observations, infos and Dict/Tuple spaces alike; a bare leaf becomes ``{"state": leaf}``.
+    Works for observations, infos and Dict/Tuple spaces; a bare leaf becomes ``{"state": leaf}``.
     """
     if isinstance(value, spaces.Dict):
         value = value.spaces
@@ -145,7 +147,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def as_mapping(observation: Any) -> dict[str, np.ndarray]:
-    """Turns any Gymnasium observation into ``{key: array}`` (a bare array becomes ``{"state": x}``)."""
+    """Turns any Gymnasium observation into ``{key: array}``; a bare array gets the key ``state``."""
     return {key: np.asarray(item) for key, item in flatten(observation).items()}
 
 
@@ -182,7 +184,9 @@ class FeatureSpec:
         return cls(observations=observations, action=Feature.from_dict(data["action"]))
 
     @classmethod
-    def from_spaces(cls, observation_space: spaces.Space, action_space: spaces.Space) -> "FeatureSpec":
+    def from_spaces(
+        cls, observation_space: spaces.Space, action_space: spaces.Space
+    ) -> "FeatureSpec":
         """Describes an environment from its (single, not batched) spaces.
 
         Raises:
@@ -225,7 +229,9 @@ class FeatureSpec:
             )
         return lines
 
-    def check(self, other: "FeatureSpec", *, this: str = "agent", that: str = "environment") -> None:
+    def check(
+        self, other: "FeatureSpec", *, this: str = "agent", that: str = "environment"
+    ) -> None:
         """Raises when ``other`` cannot feed something built for ``self``.
 
         Raises:
@@ -237,6 +243,6 @@ class FeatureSpec:
                 f"The {this} and the {that} disagree:\n  - "
                 + "\n  - ".join(lines)
                 + f"\nThe {this} was built for the first value in each line. Make the {that} with "
-                "the same observation keys, sizes and action space (cameras, image size, wrappers), "
+                "the same observation keys, sizes and actions (cameras, image size, wrappers), "
                 "or convert the data with 'mail-agents data convert'."
             )

@@ -19,7 +19,7 @@ from mail_agents.features import FeatureSpec
 if TYPE_CHECKING:
     from mail_agents.agent import Agent
 
-#: Entry-point group that third-party packages use; each entry is a function that calls ``register``.
+#: Entry-point group of third-party packages; each entry is a function that calls ``register``.
 ENTRY_POINT_GROUP = "mail_agents.agents"
 _BUILTIN = "mail_agents.agents.builtin:register_agents"
 _ID = re.compile(r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$")
@@ -181,7 +181,7 @@ _registry = Registry()
 
 
 def register(
-    id: str,  # noqa: A002 - the Gymnasium name
+    id: str,
     entry_point: str,
     config_entry_point: str,
     *,
@@ -251,7 +251,7 @@ def pprint_registry(pattern: str = "*") -> str:
 
 
 def make(
-    id: str | AgentSpec,  # noqa: A002 - the Gymnasium name
+    id: str | AgentSpec,
     features: FeatureSpec,
     *,
     config: AgentConfig | Mapping[str, Any] | None = None,

@@ -129,7 +129,7 @@ def _record(
     deterministic: bool,
     directory: Path,
 ) -> None:
-    """Plays the first successful and failed episodes again, with a camera, and names the outcome."""
+    """Plays the first solved and failed episodes again with a camera, and names the outcome."""
     solved = [e.index for e in evaluation.episodes if e.success][:count]
     failed = [e.index for e in evaluation.episodes if not e.success][:count]
     for index in solved + failed:
@@ -153,7 +153,7 @@ def evaluation_directory(run: str | Path, step: int) -> Path:
 
 
 def completed_evaluations(run: str | Path, tasks: Sequence[str]) -> dict[int, list[TaskResult]]:
-    """Reads every complete evaluation of a run, by step; incomplete ones (a killed run) are left out."""
+    """Reads every complete evaluation of a run, by step; those of a killed run are left out."""
     found = {}
     for directory in sorted((Path(run) / "eval").glob("step-*")):
         files = [directory / task.replace("/", "-") / "episodes.jsonl" for task in tasks]
@@ -165,7 +165,7 @@ def completed_evaluations(run: str | Path, tasks: Sequence[str]) -> dict[int, li
 
 
 def recorded_videos(directory: str | Path) -> list[Video]:
-    """Lists the videos that :func:`evaluate_world` wrote below ``directory``, one folder per task."""
+    """Lists the videos that :func:`evaluate_worlds` wrote, one folder per task."""
     outcomes = {"success": True, "failure": False, "episode": None}
     videos = []
     for path in sorted(Path(directory).glob("*/*.mp4")):

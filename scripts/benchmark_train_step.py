@@ -4,9 +4,10 @@
     python scripts/benchmark_train_step.py --threads 2
 
 Both models have equal weights: every Mamba mixer is replaced by transformers' MambaMixer through
-the shared state dict, and the outputs are checked before timing. Each round times one step (forward,
-backward, Adam) of every model in turn; the minimum and the median over rounds are reported, and the
-ratio is taken within the run. Expect a table and, with --output, the same figures as JSON.
+the shared state dict, and the outputs are checked before timing. Each round times one step
+(forward, backward, Adam) of every model in turn; the minimum and the median over rounds are
+reported, and the ratio is taken within the run. Expect a table and, with --output, the figures as
+JSON.
 """
 
 import copy

@@ -1,6 +1,6 @@
-"""Compare agents: train every agent on every dataset with every seed, then write a report.
+r"""Compare agents: train every agent on every dataset with every seed, then write a report.
 
-    python scripts/compare.py --agents mail/ed-ma-bc mail/ed-tr-bc random --datasets data/demo \\
+    python scripts/compare.py --agents mail/ed-ma-bc mail/ed-tr-bc random --datasets data/demo \
         --seeds 0 1 --steps 1000 --output runs/comparison
 
 An agent may carry config overrides after commas: mail/ed-ma-bc,encoder.layers=2,decoder.layers=2.

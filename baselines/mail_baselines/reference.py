@@ -44,6 +44,7 @@ class MeanActionAgent(Agent):
     """Always plays the mean action of the demonstrations (zero in normalised units)."""
 
     def build_policy(self) -> Policy:
+        """A policy that plays a constant."""
         return _ReferencePolicy((self.config.horizon, *self.features.action.shape))
 
 
@@ -77,14 +78,16 @@ class RandomAgent(Agent):
         super().__init__(config.replace(units), features, **kwargs)
 
     def check_features(self, features: FeatureSpec) -> None:
+        """Refuses unbounded actions, besides what every agent refuses."""
         super().check_features(features)
         if features.action.low is None or features.action.high is None:
             raise InvalidInputError(
                 "A random agent needs a bounded action space; these features have no action "
-                "bounds. Take the features from an environment, or from a dataset recorded from one."
+                "bounds. Take the features from an environment, or from a dataset recorded in one."
             )
 
     def build_policy(self) -> Policy:
+        """A policy that draws from the box of the action space."""
         action = self.features.action
         low, high = (
             torch.tensor(bound).reshape(action.shape) for bound in (action.low, action.high)

@@ -14,10 +14,10 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from mail_agents import __version__
-from mail_agents.checkpoint import write_atomic
 from mail_agents.config import AgentConfig
 from mail_agents.errors import CorruptFileError, InvalidInputError
 from mail_agents.registry import spec
+from mail_agents.storage import write_atomic
 
 ARGUMENTS = "arguments.json"
 METRICS = "metrics.jsonl"
@@ -119,7 +119,7 @@ class Run:
     def _start(self, arguments: Any) -> None:
         if (self.directory / ARGUMENTS).exists():
             raise InvalidInputError(
-                f"{self.directory} already holds a run. Continue it with --resume {self.directory}, "
+                f"{self.directory} already holds a run. Continue it: --resume {self.directory}, "
                 "or choose another --output."
             )
         text = {
