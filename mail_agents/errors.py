@@ -1,4 +1,4 @@
-"""Errors that teach: what was given, what was expected, the nearest valid name, the next command."""
+"""Errors that teach: what was given and expected, the nearest valid name, the next command."""
 
 import difflib
 import importlib
@@ -28,6 +28,10 @@ class FeatureMismatchError(MailAgentsError, ValueError):
 
 class CorruptFileError(MailAgentsError, ValueError):
     """A file is truncated, altered, of another kind, or holds values that cannot be used."""
+
+
+class StorageError(MailAgentsError, OSError):
+    """A file could not be written: the disk is full, a quota is reached, or access is denied."""
 
 
 class MissingDependencyError(MailAgentsError, ImportError):

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
-from mail_agents.checkpoint import write_atomic
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec, as_mapping
 from mail_agents.report.stats import bootstrap_mean, wilson_interval
 from mail_agents.seeding import derive_env_seed, derive_seed
+from mail_agents.storage import write_atomic
 
 if TYPE_CHECKING:
     from mail_agents.agent import Agent
