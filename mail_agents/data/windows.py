@@ -13,6 +13,8 @@ from mail_agents.seeding import derive_seed
 if TYPE_CHECKING:
     from mail_agents.data.dataset import ArrayDataset
 
+_LARGE_ROW = 4096
+
 #: Arrays by key; see :class:`WindowView` for the keys.
 Batch = dict[str, np.ndarray]
 
@@ -152,22 +154,27 @@ class WindowView:
         start = data.starts("action")[episode][:, None]
         ahead = start + np.minimum(future, length - 1)
 
-        batch: Batch = {
-            f"obs/{k}": np.take(data.column(f"obs/{k}"), seen, axis=0) for k in self._keys
-        }
+        batch: Batch = {f"obs/{k}": gather_rows(data.column(f"obs/{k}"), seen) for k in self._keys}
         actions = data.column("action")
-        batch["action"] = np.take(actions, ahead, axis=0)
-        previous = np.take(actions, start + past[:, :-1], axis=0)
+        batch["action"] = gather_rows(actions, ahead)
+        previous = gather_rows(actions, start + past[:, :-1])
         previous[~mask[:, :-1]] = 0
         batch["past_action"] = previous
-        reward = np.take(data.column("reward"), ahead).astype(np.float32)
+        reward = gather_rows(data.column("reward"), ahead).astype(np.float32)
         batch["reward"] = np.where(action_mask, reward, np.float32(0))
-        batch["rtg"] = np.take(data.returns_to_go, start + past).astype(np.float32)
+        batch["rtg"] = gather_rows(data.returns_to_go, start + past).astype(np.float32)
         batch["timestep"] = past
         batch["mask"] = mask
         batch["action_mask"] = action_mask
         batch["task"] = data.task_ids[episode]
         return batch
+
+
+def gather_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Copies ``array[rows]``; ``np.take`` wins for small rows and loses up to 3x for images."""
+    if array.strides[0] >= _LARGE_ROW:
+        return array[rows]
+    return np.take(array, rows, axis=0)
 
 
 def _observation_keys(dataset: "ArrayDataset", spec: WindowSpec) -> tuple[str, ...]:

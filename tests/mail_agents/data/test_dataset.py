@@ -1,5 +1,7 @@
 """Choosing demonstrations and splitting episodes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -41,7 +43,7 @@ def test_mail_legacy_reproduces_the_released_selection():
 @pytest.mark.parametrize("mode", ["first", "mail_legacy"])
 def test_smaller_selections_are_contained_in_larger_ones(mode):
     chosen = [set(select_demos(FIFTY, n, mode)) for n in (5, 10, 20, 30, 50)]
-    for smaller, larger in zip(chosen, chosen[1:], strict=False):
+    for smaller, larger in pairwise(chosen):
         assert smaller < larger
     assert chosen[-1] == set(FIFTY)
 

@@ -1,0 +1,41 @@
+"""The data benchmark runs, compares equal frames, and judges by its bar."""
+
+import importlib.util
+import json
+
+import pytest
+
+pytest.importorskip("minari")
+
+
+@pytest.fixture
+def script(repository):
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_data", repository / "scripts" / "benchmark_data.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_it_measures_and_judges(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "unused")
+    output = tmp_path / "out" / "result.json"
+    small = {"episodes": 2, "steps": 12, "image_size": 16, "history": 3, "rounds": 1}
+    status = script.main(script.Args(**small, seconds=0.05, bar=0.0, output=output))
+    assert status == 0
+    result = json.loads(output.read_text())
+    assert result["ratio"] > 0
+    assert set(result["medians"]) == {
+        "minari, hdf5",
+        "store, one by one",
+        "store, batches of 64",
+    }
+    assert "Random windows" in capsys.readouterr().out
+    assert script.main(script.Args(**small, seconds=0.05, bar=1e12)) == 1
