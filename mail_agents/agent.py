@@ -309,16 +309,15 @@ class Agent(ABC):
             raise InvalidInputError("Call agent.configure_optim() before agent.update(batch).")
         self.policy.train()
         loss, metrics = self.loss(batch)
+        if not torch.isfinite(loss):
+            raise InvalidInputError(
+                f"The loss became {float(loss)} at update {self.updates}. Lower optim.lr or set "
+                "optim.grad_clip; the weights and the last checkpoint are intact."
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         metrics = dict(metrics) | {"loss": loss.detach()} | self.apply_gradients()
-        values = {key: float(value) for key, value in metrics.items()}
-        if not np.isfinite(values["loss"]):
-            raise InvalidInputError(
-                f"The loss became {values['loss']} at update {self.updates}. Lower optim.lr or set "
-                "optim.grad_clip; the last checkpoint is intact."
-            )
-        return values
+        return {key: float(value) for key, value in metrics.items()}
 
     def apply_gradients(self) -> dict[str, Tensor]:
         """Clips, steps the optimiser and the schedule, and updates the EMA."""
@@ -448,7 +447,7 @@ class Agent(ABC):
             self._slots = Slots(count, self.config, self.features)
             self._reset_slots(self._slots, list(range(count)), pending)
         state = self._slots
-        index = np.arange(state.n) if slots is None else np.asarray(slots, np.int64)
+        index = state.rows(slots)
         if len(index) != batch_size:
             raise InvalidInputError(
                 f"act: got {batch_size} observations for {len(index)} slots. Call agent.reset() "
@@ -457,14 +456,14 @@ class Agent(ABC):
         state.push(index, rows)
         due = index[state.queue_position[index] >= state.executed]
         if len(due):
-            state.store_plan(due, self._plan(state, due, deterministic))
-        action = self._to_action_space(state.pop(index))
+            state.store_plan(due, self._to_bounds(self._plan(state, due, deterministic)))
+        action = state.pop(index).astype(self.features.action.dtype)
         return action[0] if single else action
 
     def _checked_observation(self, observation: Any) -> tuple[dict[str, np.ndarray], bool]:
         given = as_mapping(observation)
         rows: dict[str, np.ndarray] = {}
-        single = False
+        unbatched: set[bool] = set()
         for key, feature in self.features.observations.items():
             if feature.kind == "text":
                 continue
@@ -472,6 +471,7 @@ class Agent(ABC):
                 raise unknown_name("observation", key, given, "The agent was trained on this key.")
             value = given[key]
             single = value.shape == feature.shape
+            unbatched.add(single)
             rows[key] = value[None] if single else value
             if rows[key].shape[1:] != feature.shape:
                 raise InvalidInputError(
@@ -484,7 +484,10 @@ class Agent(ABC):
                 )
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise InvalidInputError(f"Observation {key!r} holds NaN or infinity.")
-        return rows, single
+        if len(unbatched) > 1 or len({len(value) for value in rows.values()}) > 1:
+            shapes = {key: given[key].shape for key in rows}
+            raise InvalidInputError(f"Observations disagree in their number of rows: {shapes}.")
+        return rows, unbatched == {True}
 
     def _plan(self, state: Slots, due: np.ndarray, deterministic: bool) -> np.ndarray:
         """Plans chunks ``(len(due), J, *A)`` in environment units."""
@@ -530,13 +533,13 @@ class Agent(ABC):
         finally:
             policy.train(training)
 
-    def _to_action_space(self, action: np.ndarray) -> np.ndarray:
+    def _to_bounds(self, actions: np.ndarray) -> np.ndarray:
         feature = self.features.action
-        if feature.low is not None and feature.high is not None:
-            low = np.asarray(feature.low).reshape(feature.shape)
-            high = np.asarray(feature.high).reshape(feature.shape)
-            action = np.clip(action, low, high)
-        return action.astype(feature.dtype)
+        if feature.low is None or feature.high is None:
+            return actions
+        low = np.asarray(feature.low).reshape(feature.shape)
+        high = np.asarray(feature.high).reshape(feature.shape)
+        return np.clip(actions, low, high)
 
     def step(
         self,
@@ -556,7 +559,7 @@ class Agent(ABC):
         """
         if self._slots is None:
             raise InvalidInputError("agent.step() before agent.act(); call act(observation) first.")
-        index = np.arange(self._slots.n) if slots is None else np.asarray(slots, np.int64)
+        index = self._slots.rows(slots)
         ended = np.atleast_1d(terminated).astype(bool) | np.atleast_1d(truncated).astype(bool)
         self._slots.advance(index, np.atleast_1d(np.asarray(reward, np.float64)), ended)
 

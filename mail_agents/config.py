@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar, get_type_hints
+from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
 
 import dacite
 
@@ -35,10 +36,19 @@ class OptimConfig:
     """Windows per update."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.batch_size < 1 or self.warmup_steps < 0 or self.weight_decay < 0:
+        # Written so that NaN, which compares as False with everything, is refused.
+        valid = (
+            0 < self.lr < math.inf
+            and all(0 <= beta < 1 for beta in self.betas)
+            and 0 <= self.weight_decay < math.inf
+            and (self.grad_clip is None or 0 < self.grad_clip < math.inf)
+            and self.warmup_steps >= 0
+            and self.batch_size >= 1
+        )
+        if not valid:
             raise InvalidInputError(
-                "OptimConfig needs lr > 0, batch_size >= 1, warmup_steps >= 0 and "
-                f"weight_decay >= 0; got {self}."
+                "OptimConfig needs lr > 0, betas in [0, 1), weight_decay >= 0, grad_clip > 0 or "
+                f"None, warmup_steps >= 0 and batch_size >= 1, all finite; got {self}."
             )
 
 
@@ -114,14 +124,24 @@ class AgentConfig:
 
 
 def _build(cls: type[C], data: Mapping[str, Any]) -> C:
+    _check_keys(cls, data)
     config = dacite.Config(strict=True, cast=[tuple])
     try:
         return dacite.from_dict(cls, data, config)
-    except dacite.UnexpectedDataError as error:
-        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        raise unknown_name(f"field of {cls.__name__}", sorted(error.keys)[0], names) from error
     except dacite.DaciteError as error:
         raise InvalidInputError(f"{cls.__name__}: {error}.") from error
+
+
+def _check_keys(cls: type, data: Mapping[str, Any], path: str = "") -> None:
+    """Names unknown keys with the class they were looked for in; dacite names the outermost one."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    types = get_type_hints(cls)
+    for key, value in data.items():
+        if key not in names:
+            hint = f"(given as {path + key!r})" if path else ""
+            raise unknown_name(f"field of {cls.__name__}", key, names, hint)
+        if dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
+            _check_keys(cast(type, types[key]), value, f"{path}{key}.")
 
 
 def _assign(cls: type, data: dict[str, Any], path: list[str], value: Any, name: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: Entry-point group of third-party packages; each entry is a function that calls ``register``.
 ENTRY_POINT_GROUP = "mail_agents.agents"
 _BUILTIN = "mail_agents.agents.builtin:register_agents"
-_ID = re.compile(r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*$")
+_ID = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class AgentSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not _ID.match(self.id):
+        if not _ID.fullmatch(self.id):
             raise InvalidInputError(
                 f"Agent id {self.id!r} is malformed: use lower-case letters, digits, '.', '_' and "
                 "'-', with '/' between namespace and name, for example 'mylab/mlp-v1'."
@@ -61,11 +61,17 @@ class AgentSpec:
                 )
         object.__setattr__(self, "tags", frozenset(self.tags))
         object.__setattr__(self, "requires", tuple(self.requires))
-        object.__setattr__(self, "kwargs", dict(self.kwargs))
+        try:  # as JSON will give it back, so that a spec equals its round trip
+            kwargs = json.loads(json.dumps(dict(self.kwargs)))
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"kwargs of agent {self.id!r} must be JSON values: {error}."
+            ) from error
+        object.__setattr__(self, "kwargs", kwargs)
 
     def available(self) -> tuple[bool, str]:
         """Returns whether the required modules are installed, and otherwise which are missing."""
-        missing = [name for name in self.requires if importlib.util.find_spec(name) is None]
+        missing = [name for name in self.requires if not _installed(name)]
         if not missing:
             return True, ""
         return False, f"needs {', '.join(missing)}; install with: pip install {' '.join(missing)}"
@@ -84,6 +90,13 @@ class AgentSpec:
     def from_json(cls, text: str) -> "AgentSpec":
         """Inverse of :meth:`to_json`."""
         return cls(**json.loads(text))
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # the parent package is missing
+        return False
 
 
 def load_entry_point(entry_point: str) -> Any:

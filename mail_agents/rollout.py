@@ -290,9 +290,10 @@ def evaluate(
         InvalidInputError: A number is out of range.
     """
     indices = range(episodes) if isinstance(episodes, int) else list(episodes)
-    if not indices or n_envs < 1:
+    if not indices or min(indices) < 0 or len(set(indices)) < len(indices) or n_envs < 1:
         raise InvalidInputError(
-            f"At least one episode and one environment are needed; got {episodes=}, {n_envs=}."
+            "At least one environment and one episode are needed, and episode indices must be "
+            f"distinct and not negative; got {episodes=}, {n_envs=}."
         )
     make_env = _maker(env, env_kwargs or {}, max_steps)
     environments: list[gymnasium.Env] = []
@@ -339,6 +340,11 @@ def evaluate(
 
 def _maker(env: str | MakeEnv, kwargs: Mapping[str, Any], max_steps: int | None) -> MakeEnv:
     if not isinstance(env, str):
+        if kwargs or max_steps is not None:
+            raise InvalidInputError(
+                "env_kwargs and max_steps are for environments given by id; a function that makes "
+                "the environment must set them itself."
+            )
         return env
     limit = {} if max_steps is None else {"max_episode_steps": max_steps}
 

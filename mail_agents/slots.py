@@ -37,10 +37,11 @@ class Slots:
         self.past_action = np.zeros((n, history - 1, *action.shape), np.float32)
         self.rtg = np.zeros((n, history), np.float32)
         self.timestep = np.zeros((n, history), np.int64)
-        self.queue = np.zeros((n, horizon, *action.shape), np.float32)
+        # float64, in which clipping to float64 action bounds is exact.
+        self.queue = np.zeros((n, horizon, *action.shape), np.float64)
         self.queue_position = np.full(n, self.executed, np.int64)
         self.started = np.zeros(n, bool)
-        self.ended = np.zeros(n, bool)
+        self.ended = np.ones(n, bool)  # nothing runs before the first reset
         self.plans = np.zeros(n, np.int64)
         self.target_return = np.zeros(n, np.float64)
         self.steps = np.zeros(n, np.int64)
@@ -67,12 +68,26 @@ class Slots:
             self.tasks[slot] = task
             self.generators[slot].manual_seed(derive_seed(seed, "model"))
 
+    def rows(self, slots: Sequence[int] | None) -> np.ndarray:
+        """Checks a choice of slots; None means all.
+
+        Raises:
+            InvalidInputError: A slot does not exist or is named twice.
+        """
+        index = np.arange(self.n) if slots is None else np.asarray(slots, np.int64)
+        if len(set(index.tolist())) < len(index) or not ((index >= 0) & (index < self.n)).all():
+            raise InvalidInputError(
+                f"Slots {index.tolist()} are not distinct numbers in 0..{self.n - 1}."
+            )
+        return index
+
     def push(self, slots: np.ndarray, observation: dict[str, np.ndarray]) -> None:
         """Appends one observation per slot; the first one of an episode fills the whole history."""
         if self.ended[slots].any():
             over = slots[self.ended[slots]].tolist()
             raise InvalidInputError(
-                f"Episode in slot {over} has ended; call agent.reset(slots={over}) before acting."
+                f"No episode runs in slots {over} (it has ended, or was never started); call "
+                f"agent.reset(slots={over}) before acting."
             )
         fresh = slots[~self.started[slots]]
         for key, buffer in self.observations.items():

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import dacite
 import tyro
@@ -15,12 +15,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mail_agents import __version__
 from mail_agents.config import AgentConfig
+from mail_agents.data.files import take_lock
 from mail_agents.errors import CorruptFileError, InvalidInputError
 from mail_agents.registry import spec
-from mail_agents.storage import write_atomic
+from mail_agents.storage import storing, write_atomic
 
 ARGUMENTS = "arguments.json"
 METRICS = "metrics.jsonl"
+#: Arguments that decide the weights of a run, so that resuming cannot change them.
+_DECIDING = ("agent", "config", "seed", "validation", "precision")
 
 A = TypeVar("A")
 
@@ -30,7 +33,8 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
 
     ``cls`` is a frozen dataclass with the fields ``agent: str``, ``config: AgentConfig`` and
     ``resume: str | None``. ``--agent ID`` decides which config flags exist and their defaults;
-    ``--resume RUN`` takes every default from that run's stored arguments.
+    ``--resume RUN`` takes every default from that run's stored arguments; what decides the weights
+    cannot be changed then.
 
     Args:
         cls: The dataclass.
@@ -39,20 +43,27 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
     Raises:
         UnknownNameError: The agent id does not exist.
         CorruptFileError: The run to resume has no readable arguments.
+        InvalidInputError: A flag beside ``--resume`` would make it another run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     resume = _flag(argv, "resume")
     if resume is not None:
         default = load_arguments(cls, Path(resume))
-        agent = _flag(argv, "agent")
-        if agent is not None and agent != default.agent:  # type: ignore[attr-defined]
-            raise InvalidInputError(f"{resume} trains another agent than {agent!r}; drop --agent.")
         default = dataclasses.replace(default, resume=resume)  # type: ignore[type-var]
     else:
         agent = _flag(argv, "agent") or _field_default(cls, "agent")
         default = cls(agent=agent, config=spec(agent).config())
     # The flags of ``config`` are those of the default's own class: tyro narrows to it.
-    return tyro.cli(cls, args=argv, default=default)
+    arguments = tyro.cli(cls, args=argv, default=default)
+    if resume is not None:
+        for name in _DECIDING:
+            given, stored = getattr(arguments, name, None), getattr(default, name, None)
+            if given != stored:
+                raise InvalidInputError(
+                    f"{resume} was started with {name}={stored}, not {given}; a resumed run keeps "
+                    f"it. Drop the flag, or start a new run with another --output."
+                )
+    return arguments
 
 
 def _flag(argv: Sequence[str], name: str) -> str | None:
@@ -100,12 +111,17 @@ class Run:
         resume_step: None for a new run; else the step of the checkpoint it continues from.
 
     Raises:
-        InvalidInputError: A new run would overwrite an existing one.
+        InvalidInputError: A new run would overwrite an existing one, or another process is writing
+            this one.
+        StorageError: The disk is full or cannot be written to.
     """
 
     def __init__(self, directory: str | Path, arguments: Any, resume_step: int | None) -> None:
         self.directory = Path(directory)
         self._metrics = self.directory / METRICS
+        with storing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
         if resume_step is None:
             self._start(arguments)
         else:
@@ -115,6 +131,15 @@ class Run:
             str(self.directory / "tensorboard"),
             purge_step=None if resume_step is None else resume_step + 1,
         )
+
+    def _take_lock(self) -> BinaryIO:
+        try:
+            return take_lock(self.directory / ".lock")
+        except InvalidInputError as error:
+            raise InvalidInputError(
+                f"Another process is working on the run {self.directory}. Wait for it to end, or "
+                "end it, then use --resume."
+            ) from error
 
     def _start(self, arguments: Any) -> None:
         if (self.directory / ARGUMENTS).exists():
@@ -135,18 +160,24 @@ class Run:
         write_atomic(self._metrics, text.encode())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends scalars under a step to JSONL and TensorBoard."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        """Appends scalars under a step to JSONL and TensorBoard.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        with storing(self._metrics):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes everything to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._board.close()
+        with storing(self._metrics), self._lock:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._board.close()
 
     def __enter__(self) -> "Run":
         return self
