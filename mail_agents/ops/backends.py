@@ -1,7 +1,7 @@
 """Which implementation of a kernel runs: an ordered choice that is logged and never silent.
 
-Every op lists its implementations in the order in which ``"auto"`` tries them. A name that is
-given explicitly (argument, :func:`use_backend`, environment variable ``MAIL_AGENTS_BACKEND``) either
+Every op lists its implementations in the order in which ``"auto"`` tries them. A name that is given
+explicitly (argument, :func:`use_backend` or environment variable ``MAIL_AGENTS_BACKEND``) either
 runs or raises with the reason and the command that repairs it; ``"auto"`` always finds something.
 """
 

@@ -174,18 +174,19 @@ def _reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 def _torch(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
-    """The blocked scan of :mod:`mail_agents.ops._scan_torch`; bias, skip and gate by autograd."""
+    """The blocked scan of :mod:`mail_agents.ops._scan_torch`."""
+    if inputs.u.numel() == 0 or inputs.A.numel() == 0:
+        return _reference(inputs)
     work = _work_dtype(inputs)
-    u, delta, A, B, C = (t.to(work).contiguous() for t in inputs[:5])
-    dt = _step_size(delta, inputs.delta_bias, inputs.delta_softplus)
-    h0 = None if inputs.h0 is None else inputs.h0.to(work)
-    if u.numel() == 0 or A.numel() == 0:
-        y = torch.zeros_like(u)
-        last = u.new_zeros(u.shape[0], *A.shape) if h0 is None else h0.clone()
-    else:
-        args = (u, dt, A, B, C, h0, inputs.reset, inputs.return_state)
-        y, last = SelectiveScan.apply(*args)  # type: ignore[misc]
-    return _skip_and_gate(y, u, inputs.D, inputs.z).to(inputs.u.dtype), last
+    dense = (t.to(work).contiguous() for t in inputs[:5])
+    D, z, bias, h0 = (
+        None if t is None else t.to(work)
+        for t in (inputs.D, inputs.z, inputs.delta_bias, inputs.h0)
+    )
+    y, last = SelectiveScan.apply(  # type: ignore[misc]
+        *(*dense, D, z, bias, inputs.delta_softplus, h0, inputs.reset, inputs.return_state)
+    )
+    return y.to(inputs.u.dtype), last
 
 
 def _refuse_cuda(inputs: ScanInputs) -> str | None:
