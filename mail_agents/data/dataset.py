@@ -117,6 +117,7 @@ class ArrayDataset:
         self.table = table
         self._columns = dict(columns)
         self._stats = None if stats is None else dict(stats)
+        self._counts = {name: table.row_counts(name) for name in self._columns}
         self._starts = {name: table.starts(name) for name in self._columns}
         self._starts[OBSERVATION] = table.starts(OBSERVATION)
 
@@ -186,7 +187,7 @@ class ArrayDataset:
 
     def _part(self, name: str, index: int) -> np.ndarray:
         start = int(self._starts[name][index])
-        part = self._columns[name][start : start + int(self.table.row_counts(name)[index])]
+        part = self._columns[name][start : start + int(self._counts[name][index])]
         if is_text(part.dtype):
             width = int(self.table.widths[name][index])
             return part.astype(np.dtype(f"{part.dtype.byteorder}{part.dtype.kind}{width}"))

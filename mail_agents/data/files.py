@@ -62,8 +62,9 @@ class ColumnFile:
         """Reads rows ``start..stop-1``."""
         self._file.seek(self._header + start * self.column.row_bytes)
         data = read_up_to(self._file, (stop - start) * self.column.row_bytes)
-        whole = len(data) // max(1, self.column.row_bytes)
-        array = np.frombuffer(data, self.column.dtype, whole * int(np.prod(self.column.shape)))
+        size = self.column.row_bytes
+        whole = len(data) // size if size else stop - start
+        array = np.frombuffer(data[: whole * size], self.column.dtype)
         return array.reshape(whole, *self.column.shape)
 
     def widen(self, dtype: np.dtype) -> None:

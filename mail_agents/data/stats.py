@@ -116,6 +116,8 @@ def feature_stats(array: np.ndarray, rows: np.ndarray, kind: Kind) -> FeatureSta
     per_channel = kind in ("image", "pointcloud") and array.ndim > 1
     shape = array.shape[-1:] if per_channel else array.shape[1:]
     size = int(np.prod(shape, dtype=np.int64))
+    if size == 0:  # for example the activations of a model without muscles
+        return FeatureStats(*(np.zeros(shape) for _ in range(6)), count=len(rows))
     moments = RunningMoments(size)
     for block in _blocks(array, rows):
         moments.update(block.reshape(-1, size))

@@ -21,6 +21,7 @@ from mail_agents.data import (
     verify_dataset,
     write_dataset,
 )
+from mail_agents.data.files import ColumnFile
 from mail_agents.errors import FeatureMismatchError, InvalidInputError
 from mail_agents.features import Feature, FeatureSpec
 
@@ -273,6 +274,37 @@ def test_an_episode_is_added_once(tmp_path, make_episode):
         assert writer.tasks == ("task 0", "task 1")
         with pytest.raises(InvalidInputError, match="'a' is in the store already"):
             writer.add(make_episode(0, 3), source_id="a")
+
+
+def test_an_episode_that_could_not_be_added_leaves_no_trace(tmp_path, make_episode, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no")
+
+    with StoreWriter(tmp_path / "s", name="x") as writer:
+        writer.add(_replace(make_episode(0, 3), meta={"source_id": "a"}))
+        with monkeypatch.context() as patch:
+            patch.setattr(ColumnFile, "write", fail)
+            with pytest.raises(OSError, match="no"):
+                writer.add(_replace(make_episode(0, 3), infos={"late": np.zeros(3)}))
+        writer.add(_replace(make_episode(1, 4), meta={"source_id": "b"}))
+    again = write_dataset(
+        tmp_path / "t",
+        [
+            _replace(make_episode(0, 3), meta={"source_id": "a"}),
+            _replace(make_episode(1, 4), meta={"source_id": "b"}),
+        ],
+    )
+    assert verify_dataset(tmp_path / "s").sha256 == again.info.sha256
+
+
+def test_features_of_no_values_are_kept(tmp_path, make_episode, same_episode):
+    good = make_episode(0, 3)
+    observations = {"state": good.observations["state"], "none": np.zeros((4, 0), np.float32)}
+    episode = _replace(good, observations=observations, infos={"act": np.zeros((3, 2, 0))})
+    dataset = write_dataset(tmp_path / "s", [episode, episode])
+    same_episode(dataset.episode(1), episode)
+    assert dataset.stats()["none"].mean.shape == (0,)
+    assert dataset.windows(WindowSpec(2, 2))[:]["obs/none"].shape == (6, 2, 0)
 
 
 def test_manifest_is_readable_json(tmp_path, make_episode):

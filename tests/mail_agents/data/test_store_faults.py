@@ -230,6 +230,18 @@ def test_another_conversion_does_not_continue_this_one(tmp_path, make_episode):
     assert dataset.table.source_ids == ("demo_1",)
 
 
+def test_columns_of_no_values_resume(tmp_path, make_episode):
+    from dataclasses import replace
+
+    episode = replace(make_episode(0, 3), infos={"act": np.zeros((3, 0))})
+    unfinished = StoreWriter(tmp_path / "s", name="a")
+    unfinished.add(episode)
+    unfinished._close()
+    with StoreWriter(tmp_path / "s", name="a") as again:
+        assert again.completed == {"demo_0"}
+    assert open_dataset(tmp_path / "s").episode(0).infos["act"].shape == (3, 0)
+
+
 def test_anonymous_episodes_are_not_mixed_with_new_ones(tmp_path, make_episode):
     from dataclasses import replace
 
