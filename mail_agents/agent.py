@@ -311,8 +311,8 @@ class Agent(ABC):
         loss, metrics = self.loss(batch)
         if not torch.isfinite(loss):
             raise InvalidInputError(
-                f"The loss became {float(loss.detach())} at update {self.updates}. Lower optim.lr or set "
-                "optim.grad_clip; the weights and the last checkpoint are intact."
+                f"The loss became {float(loss.detach())} at update {self.updates}. Lower optim.lr "
+                "or set optim.grad_clip; the weights and the last checkpoint are intact."
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
