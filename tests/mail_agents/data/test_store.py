@@ -21,6 +21,7 @@ from mail_agents.data import (
     verify_dataset,
     write_dataset,
 )
+from mail_agents.data import writer as writer_module
 from mail_agents.data.files import ColumnFile
 from mail_agents.errors import FeatureMismatchError, InvalidInputError
 from mail_agents.features import Feature, FeatureSpec
@@ -287,6 +288,10 @@ def test_an_episode_that_could_not_be_added_leaves_no_trace(tmp_path, make_episo
             with pytest.raises(OSError, match="no"):
                 writer.add(_replace(make_episode(0, 3), infos={"late": np.zeros(3)}))
         writer.add(_replace(make_episode(1, 4), meta={"source_id": "b"}))
+        with monkeypatch.context() as patch:  # all arrays are out, the journal line is not
+            patch.setattr(writer_module, "write_all", fail)
+            with pytest.raises(OSError, match="no"):
+                writer.add(make_episode(0, 50))
     again = write_dataset(
         tmp_path / "t",
         [
