@@ -3,8 +3,8 @@
     python scripts/collect.py --tasks reach-v3 drawer-open-v3 --episodes 20 --output data/mt2
 
 Only solved episodes are kept. The data depend on --seed and the settings, not on --workers: attempt
-i of a task always starts from the i-th placement of the seed. Expect about 0.05 s per episode, and
-a few seconds per episode with --cameras; then a table with each expert's success rate. A command
+i of a task always starts from the i-th placement of the seed. Expect many episodes per second, or
+about one with --cameras, then a table with each expert's success rate. A command
 that was interrupted continues when it is run again. Names may be patterns: --tasks 'door-*'.
 """
 
