@@ -4,8 +4,8 @@
 
 Only solved episodes are kept. The data depend on --seed and the settings, not on --workers: attempt
 i of a task always starts from the i-th placement of the seed. Expect many episodes per second, or
-about one with --cameras, then a table with each expert's success rate. A command
-that was interrupted continues when it is run again. Names may be patterns: --tasks 'door-*'.
+about one with --cameras, then a table with each expert's success rate. A command that was
+interrupted continues when it is run again. Names may be patterns: --tasks 'door-*'.
 """
 
 import sys
