@@ -14,6 +14,7 @@ from mail_agents.checkpoint import (
 )
 from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import RunResult
+from mail_agents.seeding import derive_seed
 from mail_agents.suite import completed_evaluations, evaluation_directory, recorded_videos
 from mail_agents.training.runs import read_metrics
 
@@ -87,6 +88,8 @@ def start_training(
     if trainable_parameters(agent):
         agent.configure_optim(total_steps)
     if state is None:
+        # Dropout draws from torch's global stream.
+        torch.manual_seed(derive_seed(agent.seed, "train", 1))
         return 0, 0.0
     restore_training_state(agent, state["agent"])
     sampler.load_state_dict(state["loop"]["sampler"])
