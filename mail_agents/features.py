@@ -30,7 +30,8 @@ class Feature:
         dtype: NumPy dtype name, for example ``"float64"`` or ``"uint8"``.
         low: Lower bounds, flattened to ``prod(shape)`` numbers, or None when unbounded.
         high: Upper bounds, like ``low``.
-        n: Number of values of a discrete feature (``0..n-1``), or None.
+        n: Number of values of a discrete feature, or None; they are ``0..n-1`` unless bounds say
+            otherwise.
     """
 
     kind: Kind
@@ -109,7 +110,9 @@ def _from_leaf_space(space: spaces.Space) -> Feature:
             high=tuple(map(float, space.high.ravel())) if keep else None,
         )
     if isinstance(space, spaces.Discrete):
-        return Feature(kind="scalar", shape=(), dtype=np.dtype(space.dtype).name, n=int(space.n))
+        first, n = int(space.start), int(space.n)
+        bounds = {} if first == 0 else {"low": (float(first),), "high": (float(first + n - 1),)}
+        return Feature("scalar", (), np.dtype(space.dtype).name, n=n, **bounds)
     if isinstance(space, spaces.MultiBinary):
         shape = tuple(space.shape)
         return Feature(kind="state", shape=shape, dtype=np.dtype(space.dtype).name)
@@ -147,7 +150,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def as_mapping(observation: Any) -> dict[str, np.ndarray]:
-    """Turns any Gymnasium observation into ``{key: array}``; a bare array gets the key ``state``."""
+    """Turns any Gymnasium observation into ``{key: array}``; a bare array becomes ``state``."""
     return {key: np.asarray(item) for key, item in flatten(observation).items()}
 
 
