@@ -199,9 +199,10 @@ def load_checkpoint(path: str | Path, *, device: str = "auto") -> tuple["Agent",
             raise ValueError("its content does not match its key 'sha256'")
         updates = state["agent"]["updates"]
     except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CorruptFileError(
             f"{path / STATE_NAME} is truncated, altered or holds more than tensors and numbers: "
-            f"{str(error).splitlines()[0]}. Resume from the previous checkpoint: write its name "
+            f"{reason}. Resume from the previous checkpoint: write its name "
             f"into {path.parent / 'last'}."
         ) from error
     if updates != agent.updates:
