@@ -146,7 +146,7 @@ def _reference(inputs: _ConvInputs) -> Tensor:
         history = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     padded = torch.cat((history, x), 1).transpose(1, 2)
     if x.numel() == 0:
-        return torch.zeros_like(x)
+        return x.clone()
     y = F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[2]).transpose(1, 2)
     return F.silu(y) if activation == "silu" else y
 

@@ -169,7 +169,7 @@ def _reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
             decay = decay.masked_fill(inputs.reset[:, t, None, None], 0.0)
         h = decay * h + (dt[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
         outputs.append((h * C[:, t, None, :]).sum(-1))
-    y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
+    y = torch.stack(outputs, 1) if outputs else u.clone()
     return _skip_and_gate(y, u, inputs.D, inputs.z).to(inputs.u.dtype), h
 
 
