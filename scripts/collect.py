@@ -46,6 +46,8 @@ class Args:
     """Cameras to record, such as corner2; none means states only."""
     image_size: int = 128
     """Height and width of the images in pixels."""
+    success_hold: int = 10
+    """Steps recorded after success, so that policies learn to stay where the task is solved."""
     seed: int = 0
     """Decides placements and noise."""
     workers: int = 1
@@ -55,8 +57,13 @@ class Args:
 
     @property
     def env_kwargs(self) -> dict[str, object]:
-        """Keyword arguments of the environments."""
+        """Keyword arguments of the environments that policies act in."""
         return {"cameras": list(self.cameras), "image_size": self.image_size}
+
+    @property
+    def expert_env_kwargs(self) -> dict[str, object]:
+        """Keyword arguments of the environments that the expert acts in."""
+        return {**self.env_kwargs, "success_hold": self.success_hold}
 
     @property
     def source(self) -> dict[str, object]:
@@ -67,7 +74,7 @@ class Args:
             "episodes": self.episodes,
             "noise_std": self.noise_std,
             "seed": self.seed,
-            "env_kwargs": self.env_kwargs,
+            "env_kwargs": self.expert_env_kwargs,
         }
 
 
@@ -131,7 +138,7 @@ def main(args: Args) -> StoreDataset:
                 args.seed,
                 noise_std=args.noise_std,
                 first_attempt=next_attempt(writer.completed, task),
-                env_kwargs=args.env_kwargs,
+                env_kwargs=args.expert_env_kwargs,
                 executor=pool,
                 in_flight=2 * args.workers,
             )

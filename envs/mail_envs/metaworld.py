@@ -41,9 +41,10 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     Reward: upstream's dense reward (version 2), 0 to 10.
 
-    Ends: ``terminated`` when the task is solved, so success is latched; ``truncated`` by
-    Gymnasium's TimeLimit, 500 steps unless ``gymnasium.make(max_episode_steps=)`` says otherwise.
-    ``info["success"]`` (bool) is always there.
+    Ends: ``terminated`` when the task is solved (``success_hold`` steps later), and success is
+    latched; ``truncated`` by Gymnasium's TimeLimit, 500 steps unless
+    ``gymnasium.make(max_episode_steps=)`` says otherwise. ``info["success"]`` (bool) is always
+    there.
 
     ``reset(seed=s)`` draws the placement from ``s`` alone: same seed, same initial observation and
     same rollout, whatever happened in this environment before. ``reset()`` continues the random
@@ -60,6 +61,8 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         render_quality: ``"fast"`` or ``"stock"``, for observed images and videos.
         render_mode: ``"rgb_array"`` makes :meth:`render` return video frames.
         render_size: Height and width of video frames in pixels.
+        success_hold: Steps that an episode goes on after success. Demonstrations that stop at the
+            very edge of success never show how to stay there.
 
     Raises:
         UnknownNameError: The task or a camera does not exist.
@@ -79,6 +82,7 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         render_quality: RenderQuality = "fast",
         render_mode: str | None = None,
         render_size: int = 480,
+        success_hold: int = 0,
     ) -> None:
         if task not in METAWORLD_TASKS:
             hint = "List them with mail_envs.list_worlds('metaworld/*')."
@@ -87,13 +91,17 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             raise InvalidInputError(
                 f"Unknown render mode {render_mode!r}. Valid: None and 'rgb_array'."
             )
+        if success_hold < 0:
+            raise InvalidInputError(f"success_hold is {success_hold}; give a number of at least 0.")
         self.task = task
+        self.success_hold = success_hold
         self.cameras = _checked_cameras(cameras)
         self.render_mode = render_mode
         self._images = OffscreenRenderer(image_size, render_quality)
         self._video = OffscreenRenderer(render_size, render_quality)
         self._sim = _make_sim(task)
         self._running = False
+        self._steps_after_success: int | None = None
         image_space = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict(
             {"state": spaces.Box(-np.inf, np.inf, (39,), np.float64)}
@@ -132,6 +140,7 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         sim._freeze_rand_vec = True
         state, _ = sim.reset()
         self._running = True
+        self._steps_after_success = None
         return self._observe(state), {"success": False}
 
     def step(
@@ -143,8 +152,8 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             action: ``(4,)`` finite numbers; see the class.
 
         Returns:
-            Observation, reward, terminated (solved), truncated (always False; the time limit is a
-            wrapper) and ``{"success": bool}``.
+            Observation, reward, terminated (solved and held), truncated (always False; the time
+            limit is a wrapper) and ``{"success": bool}``.
 
         Raises:
             InvalidInputError: The action has another shape, or holds NaN or infinity.
@@ -156,9 +165,14 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                 "Call env.reset() before env.step()."
             )
         state, reward, _, _, info = self._sim.step(_checked_action(action))
-        success = bool(info["success"])
-        self._running = not success
-        return self._observe(state), float(reward), success, False, {"success": success}
+        if self._steps_after_success is not None:
+            self._steps_after_success += 1
+        elif info["success"]:
+            self._steps_after_success = 0
+        success = self._steps_after_success is not None
+        solved = success and self._steps_after_success == self.success_hold
+        self._running = not solved
+        return self._observe(state), float(reward), solved, False, {"success": success}
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
         """Returns the scene as ``(render_size, render_size, 3)`` uint8, or None without a mode."""

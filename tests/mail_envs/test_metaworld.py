@@ -132,6 +132,26 @@ def test_success_terminates_and_is_reported() -> None:
     env.step(np.zeros(4, np.float32))
 
 
+@pytest.mark.parametrize("hold", [0, 1, 7])
+def test_success_is_held_for_the_steps_asked_for(hold: int) -> None:
+    env = make(success_hold=hold)
+    for _ in range(2):  # the second episode starts counting anew
+        expert, (observation, _) = MetaWorldExpert(env), env.reset(seed=SEED)
+        reported = []
+        terminated = False
+        while not terminated:
+            observation, _, terminated, truncated, info = env.step(expert.act(observation))
+            assert not truncated
+            reported.append(info["success"])
+        assert sum(reported) == hold + 1
+        assert all(reported[-hold - 1 :])
+
+
+def test_a_negative_hold_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="success_hold is -1"):
+        make(success_hold=-1)
+
+
 def test_stepping_before_reset() -> None:
     with pytest.raises(gymnasium.error.ResetNeeded):
         make().step(np.zeros(4, np.float32))

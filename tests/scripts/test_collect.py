@@ -58,6 +58,9 @@ def test_collects_and_refuses_to_overwrite(
     assert str(path) in printed
     assert "drawer-close-v3" in printed
     assert "100%" in printed
+    dataset = open_dataset(path)
+    assert all("success_hold" not in s["kwargs"] for s in dataset.info.env_specs.values())
+    assert dataset.info.source["env_kwargs"]["success_hold"] == 10
     dataset = open_dataset(path, verify=True)
     assert dataset.info.tasks == ("reach-v3", "drawer-close-v3")
     assert dataset.info.n_episodes == 6
