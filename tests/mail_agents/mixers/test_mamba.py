@@ -85,11 +85,11 @@ def test_initialisation_is_that_of_mamba_ssm():
     assert torch.equal(mixer.D.data, torch.ones(256))
     bound = 8**-0.5
     assert mixer.dt_proj.weight.abs().max() <= bound
-    assert mixer.dt_proj.weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert mixer.dt_proj.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     steps = torch.nn.functional.softplus(mixer.dt_proj.bias.data)
     assert steps.min() >= 1e-3 * 0.999
     assert steps.max() <= 0.1 * 1.001
-    assert steps.log().mean() == pytest.approx(math.log(0.01), abs=0.3)
+    assert steps.log().mean().item() == pytest.approx(math.log(0.01), abs=0.3)
     assert mixer.A_log._no_weight_decay is True
     assert mixer.D._no_weight_decay is True
     assert mixer.dt_proj.bias._no_reinit is True

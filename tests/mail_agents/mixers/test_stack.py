@@ -50,7 +50,7 @@ def test_output_projections_are_scaled_with_depth():
     for layer in stack.layers:
         weight = layer.mixer.out_proj.weight
         assert weight.abs().max() <= bound
-        assert weight.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
 @pytest.mark.parametrize("with_aggregate", [False, True])

@@ -167,3 +167,13 @@ def test_importing_the_package_imports_no_extension():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_backends_that_ran_are_remembered(monkeypatch):
+    monkeypatch.setattr(backends, "_ran", {})
+    assert backends.used_backends() == {}
+    scan()
+    conv("reference")
+    scan("reference")
+    wanted = {"causal_conv1d": ["reference"], "selective_scan": ["reference", "torch"]}
+    assert backends.used_backends() == wanted
