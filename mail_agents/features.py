@@ -4,14 +4,14 @@ A dataset and an environment each produce a :class:`FeatureSpec`; it travels ins
 and :meth:`FeatureSpec.check` explains any disagreement before work starts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from gymnasium import spaces
 
-from mail_agents.errors import FeatureMismatchError, InvalidInputError
+from mail_agents.errors import FeatureMismatchError, InvalidInputError, unknown_name
 
 Kind = Literal["state", "image", "pointcloud", "text", "scalar"]
 _KINDS: tuple[str, ...] = get_args(Kind)
@@ -174,6 +174,18 @@ class FeatureSpec:
     def of_kind(self, *kinds: Kind) -> dict[str, Feature]:
         """Observation features of the given kinds, in alphabetical key order."""
         return {k: f for k, f in sorted(self.observations.items()) if f.kind in kinds}
+
+    def select(self, keys: Collection[str]) -> "FeatureSpec":
+        """Keeps the named observation keys; none named means all.
+
+        Raises:
+            UnknownNameError: A key does not exist.
+        """
+        for key in keys:
+            if key not in self.observations:
+                raise unknown_name("observation key", key, self.observations)
+        chosen = {key: self.observations[key] for key in keys or self.observations}
+        return FeatureSpec(chosen, self.action)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready dictionary."""

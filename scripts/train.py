@@ -51,6 +51,8 @@ class Args:
     """The agent's own settings; --agent decides which there are."""
     dataset: str = "data/demo"
     """Dataset directory, made by scripts/collect.py or 'mail-agents data convert'."""
+    observations: tuple[str, ...] = ()
+    """Observation keys the agent sees, for example camera names; none named means all."""
     output: str | None = None
     """Run directory; None makes runs/<agent>-s<seed>."""
     steps: int = 1000
@@ -96,8 +98,9 @@ def main(args: Args) -> None:
     train, held_out = split_episodes(len(dataset), args.validation, args.seed)
 
     def make() -> Agent:
+        features = dataset.features.select(args.observations)
         return mail_agents.make(
-            args.agent, dataset.features, config=args.config, device=args.device, seed=args.seed
+            args.agent, features, config=args.config, device=args.device, seed=args.seed
         )
 
     resume = args.resume is not None

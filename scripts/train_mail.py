@@ -53,6 +53,8 @@ class Args:
     """The agent's own settings."""
     dataset: str = "data/demo"
     """Dataset directory, made by scripts/collect.py or 'mail-agents data convert'."""
+    observations: tuple[str, ...] = ()
+    """Observation keys the agent sees, for example camera names; none named means all."""
     output: str | None = None
     """Run directory; None makes runs/<agent>-s<seed>."""
     demos: int | None = 10
@@ -114,8 +116,9 @@ def main(args: Args) -> None:
     episodes = select_episodes(dataset, args)
 
     def make() -> Agent:
+        features = dataset.features.select(args.observations)
         return mail_agents.make(
-            args.agent, dataset.features, config=args.config, device=args.device, seed=args.seed
+            args.agent, features, config=args.config, device=args.device, seed=args.seed
         )
 
     resume = args.resume is not None

@@ -6,7 +6,7 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mail_agents.errors import FeatureMismatchError, InvalidInputError
+from mail_agents.errors import FeatureMismatchError, InvalidInputError, UnknownNameError
 from mail_agents.features import Feature, FeatureSpec, as_mapping, flatten
 
 
@@ -154,3 +154,18 @@ def test_a_spec_never_differs_from_its_round_trip(observations):
     again = FeatureSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert again == spec
     assert spec.differences(again) == []
+
+
+def test_select_keeps_the_named_keys() -> None:
+    box = spaces.Box(-1, 1, (2,), np.float32)
+    both = FeatureSpec.from_spaces(spaces.Dict({"a": box, "b": box}), box)
+    assert list(both.select(["b"]).observations) == ["b"]
+    assert both.select(()) == both
+    with pytest.raises(UnknownNameError, match=r"'c'.*Valid: a, b"):
+        both.select(["c"])
+
+
+def test_a_discrete_space_may_start_elsewhere() -> None:
+    box = spaces.Box(-1, 1, (2,), np.float32)
+    action = FeatureSpec.from_spaces(box, spaces.Discrete(3, start=5)).action
+    assert (action.n, action.low, action.high) == (3, (5.0,), (7.0,))
