@@ -137,8 +137,8 @@ class Agent(ABC):
         self.ema = EMA(self.policy, config.ema_decay) if config.ema_decay is not None else None
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(derive_seed(seed, "train"))
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.updates = 0
         self._slots: Slots | None = None
         self._resets = 0
@@ -293,8 +293,26 @@ class Agent(ABC):
         Args:
             total_steps: Length of the run; needed by the cosine schedule.
         """
-        self.optimizer = build_optimizer(self.policy, self.config.optim)
-        self.scheduler = build_scheduler(self.optimizer, self.config.optim, total_steps)
+        self._optimizer = build_optimizer(self.policy, self.config.optim)
+        self._scheduler = build_scheduler(self._optimizer, self.config.optim, total_steps)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser.
+
+        Raises:
+            InvalidInputError: :meth:`configure_optim` was not called.
+        """
+        if self._optimizer is None:
+            raise InvalidInputError("Call agent.configure_optim() before training.")
+        return self._optimizer
+
+    @property
+    def scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning-rate schedule; like :attr:`optimizer`."""
+        if self._scheduler is None:
+            raise InvalidInputError("Call agent.configure_optim() before training.")
+        return self._scheduler
 
     def update(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """One optimisation step: loss, backward, clip, step, schedule, EMA.
@@ -305,8 +323,7 @@ class Agent(ABC):
         Raises:
             InvalidInputError: :meth:`configure_optim` was not called, or the loss is not finite.
         """
-        if self.optimizer is None or self.scheduler is None:
-            raise InvalidInputError("Call agent.configure_optim() before agent.update(batch).")
+        optimizer = self.optimizer
         self.policy.train()
         loss, metrics = self.loss(batch)
         if not torch.isfinite(loss):
@@ -314,15 +331,13 @@ class Agent(ABC):
                 f"The loss became {float(loss.detach())} at update {self.updates}. Lower optim.lr "
                 "or set optim.grad_clip; the weights and the last checkpoint are intact."
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         metrics = dict(metrics) | {"loss": loss.detach()} | self.apply_gradients()
         return {key: float(value) for key, value in metrics.items()}
 
     def apply_gradients(self) -> dict[str, Tensor]:
         """Clips, steps the optimiser and the schedule, and updates the EMA."""
-        if self.optimizer is None or self.scheduler is None:
-            raise InvalidInputError("Call agent.configure_optim() before applying gradients.")
         metrics = {}
         if self.config.optim.grad_clip is not None:
             norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip)

@@ -60,7 +60,7 @@ def checksum(value: Any) -> str:
             flat = item.detach().cpu().contiguous().reshape(-1)
             digest.update(f"{item.dtype}{tuple(item.shape)};".encode())
             if flat.numel():
-                digest.update(flat.view(torch.uint8).numpy())
+                digest.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(item, Mapping):
             digest.update(f"{len(item)} keys;".encode())
             for key in sorted(item, key=repr):

@@ -437,7 +437,7 @@ def _is_plain_mixer(module: torch.nn.Module) -> bool:
 def mixers_step_like_forward(subject: _Subject) -> None:
     """Recurrent steps of every mixer agree with its parallel form."""
     policy = subject.agent().policy.eval()
-    mixers = {type(m): m for m in policy.modules() if _is_plain_mixer(m)}
+    mixers: dict[type, Any] = {type(m): m for m in policy.modules() if _is_plain_mixer(m)}
     if not mixers:
         raise NotApplicable("the policy has no recurrent mixer")
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ from mail_agents.artifact import (
     read_info,
     save_agent,
 )
-from mail_agents.errors import CorruptFileError, InvalidInputError, StorageError
+from mail_agents.errors import CorruptFileError, StorageError
 from mail_agents.storage import storing, sync_directory, write_atomic
 
 if TYPE_CHECKING:
@@ -61,8 +61,6 @@ _KEEP = 2
 
 def training_state(agent: "Agent") -> dict[str, Any]:
     """Everything beside the artifact that the next update depends on; tensors and primitives."""
-    if agent.optimizer is None or agent.scheduler is None:
-        raise InvalidInputError("Call agent.configure_optim() before saving a training checkpoint.")
     return {
         "format_version": FORMAT_VERSION,
         "updates": agent.updates,
@@ -77,8 +75,6 @@ def training_state(agent: "Agent") -> dict[str, Any]:
 
 def restore_training_state(agent: "Agent", state: Mapping[str, Any]) -> None:
     """Puts :func:`training_state` back into an agent that was just loaded from its artifact."""
-    if agent.optimizer is None or agent.scheduler is None:
-        raise InvalidInputError("Call agent.configure_optim() before restoring a checkpoint.")
     agent.optimizer.load_state_dict(state["optimizer"])
     agent.scheduler.load_state_dict(state["scheduler"])
     if agent.ema is not None:

@@ -144,7 +144,7 @@ def _check_keys(cls: type, data: Mapping[str, Any], path: str = "") -> None:
             _check_keys(cast(type, types[key]), value, f"{path}{key}.")
 
 
-def _assign(cls: type, data: dict[str, Any], path: list[str], value: Any, name: str) -> None:
+def _assign(cls: Any, data: dict[str, Any], path: list[str], value: Any, name: str) -> None:
     names = [f.name for f in dataclasses.fields(cls)]
     if path[0] not in names:
         raise unknown_name(f"field of {cls.__name__}", path[0], names, f"(given as {name!r})")

@@ -11,6 +11,7 @@ interrupted continues when it is run again. Names may be patterns: --tasks 'door
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -56,17 +57,17 @@ class Args:
     """Replace an existing dataset once the new one is complete."""
 
     @property
-    def env_kwargs(self) -> dict[str, object]:
+    def env_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the environments that policies act in."""
         return {"cameras": list(self.cameras), "image_size": self.image_size}
 
     @property
-    def expert_env_kwargs(self) -> dict[str, object]:
+    def expert_env_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the environments that the expert acts in."""
         return {**self.env_kwargs, "success_hold": self.success_hold}
 
     @property
-    def source(self) -> dict[str, object]:
+    def source(self) -> dict[str, Any]:
         """What the data are; an interrupted collection is continued only when this is the same."""
         return {
             "kind": "scripted-expert",

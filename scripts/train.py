@@ -148,11 +148,10 @@ def main(args: Args) -> None:
             done = step + 1
             if done % args.log_every == 0 or done == total:
                 values = {name: float(value) for name, value in metrics.items()}
+                values |= {"loss": loss.item(), "lr": float(agent.scheduler.get_last_lr()[0])}
                 if checks is not None:
                     values["validation_loss"] = validation_loss(agent, checks)
-                run.log(
-                    done, {"loss": loss.item(), "lr": agent.scheduler.get_last_lr()[0], **values}
-                )
+                run.log(done, values)
             # Evaluating comes before saving: a run killed in between evaluates this step again.
             if args.eval_every and done % args.eval_every == 0 and done < total:
                 evaluate(directory=evaluation_directory(args.run_dir, done))

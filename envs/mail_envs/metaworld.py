@@ -103,10 +103,9 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._running = False
         self._steps_after_success: int | None = None
         image_space = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict(
-            {"state": spaces.Box(-np.inf, np.inf, (39,), np.float64)}
-            | dict.fromkeys(self.cameras, image_space)
-        )
+        keys: dict[str, spaces.Space] = {"state": spaces.Box(-np.inf, np.inf, (39,), np.float64)}
+        keys |= dict.fromkeys(self.cameras, image_space)
+        self.observation_space = spaces.Dict(keys)  # type: ignore[assignment]
         self.action_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
 
     def reset(

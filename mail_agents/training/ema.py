@@ -35,7 +35,7 @@ class EMA(AveragedModel):
 
         def update(averages: Sequence[Tensor], weights: Sequence[Tensor], n: Tensor | int) -> None:
             weight = 1.0 - effective_decay(decay, int(n))
-            torch._foreach_lerp_(list(averages), list(weights), weight)
+            torch._foreach_lerp_(list(averages), list(weights), weight)  # type: ignore[attr-defined]
 
         super().__init__(model, multi_avg_fn=update)
         self.module.requires_grad_(False)

@@ -52,7 +52,7 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
         default = dataclasses.replace(default, resume=resume)  # type: ignore[type-var]
     else:
         agent = _flag(argv, "agent") or _field_default(cls, "agent")
-        default = cls(agent=agent, config=spec(agent).config())
+        default = cls(agent=agent, config=spec(agent).config())  # type: ignore[call-arg]
     # The flags of ``config`` are those of the default's own class: tyro narrows to it.
     arguments = tyro.cli(cls, args=argv, default=default)
     if resume is not None:
