@@ -100,9 +100,9 @@ class Evaluation:
         interval = summary["success_interval_95"]
         if interval is None:
             return f"return {summary['return_mean']:.1f} over {len(self.episodes)} episodes"
-        solved = sum(bool(episode.success) for episode in self.episodes)
+        known = [episode.success for episode in self.episodes if episode.success is not None]
         low, high = interval
-        return f"{solved}/{len(self.episodes)} solved, {low:.2f}-{high:.2f}"
+        return f"{sum(known)}/{len(known)} solved, {low:.2f}-{high:.2f}"
 
     def save(self, directory: str | Path) -> Path:
         """Writes ``episodes.jsonl`` and ``summary.json`` into a directory."""
@@ -242,12 +242,7 @@ class _Evaluator:
 
     def _capture(self, slot: _Slot) -> None:
         if slot.index in self.record:
-            frame = slot.env.render()
-            if not isinstance(frame, np.ndarray):
-                raise InvalidInputError(
-                    "Recording needs an environment made with render_mode='rgb_array'."
-                )
-            self.frames.setdefault(slot.index, []).append(frame)
+            self.frames.setdefault(slot.index, []).append(np.asarray(slot.env.render()))
 
 
 def evaluate(
@@ -303,6 +298,11 @@ def evaluate(
         first = environments[0]
         features = FeatureSpec.from_spaces(first.observation_space, first.action_space)
         agent.features.check(features)
+        if record and first.render_mode != "rgb_array":
+            raise InvalidInputError(
+                "Recording needs an environment made with render_mode='rgb_array'; this one has "
+                f"render_mode={first.render_mode!r}."
+            )
         agent.reset()
         evaluator = _Evaluator(
             agent,
