@@ -122,6 +122,8 @@ class Run:
         with storing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
+        for leftover in self.directory.glob(".*.tmp"):  # of a process killed while it wrote
+            leftover.unlink()
         if resume_step is None:
             self._start(arguments)
         else:
