@@ -88,6 +88,10 @@ class Cell:
         """Short name for progress and logs."""
         return f"{self.label} {Path(self.dataset).name} s{self.seed}"
 
+    def beside(self, ending: str) -> Path:
+        """A file next to the run's directory, whose name may hold dots of its own."""
+        return self.directory.with_name(self.directory.name + ending)
+
     def result(self) -> RunResult | None:
         """The finished result, or None."""
         path = self.directory / "result.json"
@@ -140,7 +144,7 @@ def plan(args: Args) -> list[Cell]:
 
 def check_reusable(cell: Cell) -> None:
     """Refuses to mix cells of two different comparisons in one directory."""
-    path = cell.directory.with_suffix(".json")
+    path = cell.beside(".json")
     if path.exists() and json.loads(path.read_text()) != list(cell.command):
         raise InvalidInputError(
             f"{cell.directory} was trained with other settings ({path}). Choose another --output, "
@@ -156,7 +160,7 @@ def run_cell(cell: Cell, threads: int) -> RunResult:
         return done
     started = (cell.directory / "arguments.json").exists()
     arguments = ("--resume", str(cell.directory)) if started else cell.command
-    log = cell.directory.with_suffix(".log")
+    log = cell.beside(".log")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(log, "a", encoding="utf-8") as file:
         code = subprocess.call(
