@@ -1,0 +1,119 @@
+"""scripts/evaluate.py at toy size, as a person would use it."""
+
+import json
+
+import pytest
+from toybox.world import ENV_ID
+
+import mail_agents
+from mail_agents.data.store import open_dataset
+
+
+@pytest.fixture
+def evaluate(scripts, tmp_path):
+    def run(*arguments):
+        return scripts.run(tmp_path, "evaluate", *arguments, "--device", "cpu")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, point_dataset):
+    """An untrained diffusion agent with an average: evaluation does not ask how good it is."""
+    dataset = open_dataset(point_dataset)
+    agent = mail_agents.make(
+        "mail/d-ma-ddpm",
+        dataset.features,
+        device="cpu",
+        width=8,
+        decoder={"layers": 1},
+        diffusion_steps=2,
+    )
+    agent.fit_statistics(dataset)
+    return agent.save(tmp_path_factory.mktemp("artifact") / "agent.safetensors")
+
+
+def test_an_artifact_knows_its_worlds(evaluate, artifact, tmp_path):
+    arguments = ("--agent", artifact, "--episodes", 3, "--n-envs", 2)
+    code, output = evaluate(*arguments, "--output", tmp_path / "out", "--videos", 1)
+    assert code == 0, output
+    assert "history 5, executes 5 of 5" in output
+    assert "point: " in output
+    assert "/3 solved" in output
+    assert f"results  {tmp_path / 'out'}" in output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["point"]["n_episodes"] == 3
+    assert summary["point"]["protocol"]["weights"] == "ema"
+    episodes = (tmp_path / "out" / "point" / "episodes.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in episodes] == [0, 1, 2]
+    assert list((tmp_path / "out" / "point").glob("*.mp4"))
+
+    code, output = evaluate(*arguments, "--output", tmp_path / "out")
+    assert code == 1
+    assert "already holds an evaluation" in output
+
+    # A directory that holds the artifact, other noise, other weights; JSON and nothing else.
+    code, output = evaluate(
+        *("--agent", artifact.parent, "--episodes", 3, "--weights", "raw", "--as-json"),
+        *("--deterministic", "--seed", 5),
+    )
+    assert code == 0, output
+    protocol = json.loads(output)["point"]["protocol"]
+    assert (protocol["weights"], protocol["deterministic"], protocol["seed"]) == ("raw", True, 5)
+
+
+def test_the_number_of_environments_changes_nothing(evaluate):
+    arguments = ("--agent", "random", "--env", ENV_ID, "--episodes", 5, "--as-json")
+    results = [json.loads(evaluate(*arguments, "--n-envs", n)[1]) for n in (1, 4)]
+    assert results[0] == results[1]
+
+
+def test_reference_agents_from_a_world_or_a_dataset(evaluate, point_dataset):
+    code, output = evaluate(
+        *("--agent", "random", "--env", ENV_ID, "--episodes", 2, "--task", "reach"),
+        *("--env-kwargs", "terminate", "true", "size", "3"),
+    )
+    assert code == 0, output
+    assert "reach: " in output
+    code, output = evaluate("--agent", "mean-action", "--dataset", point_dataset, "--episodes", 2)
+    assert code == 0, output
+    assert "point: " in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--agent", "random"), ["--env ID"]),
+        (("--agent", "mail/ed-ma-bc", "--env", ENV_ID), ["must be trained first", "train.py"]),
+        (("--agent", "mean-action", "--env", ENV_ID), ["statistics"]),
+        (("--agent", "radnom", "--env", ENV_ID), ["Did you mean 'random'"]),
+        (("--agent", "gone.safetensors"), ["gone.safetensors does not exist"]),
+        (("--agent", "random", "--env", "toybox:toybox/Pont-v0"), ["Pont"]),
+        (("--agent", "{artifact}", "--env", ENV_ID, "--env-kwargs", "size", "3"), ["(6,)", "(4,)"]),
+        (("--agent", "{artifact}", "--videos", 1), ["--output"]),
+        (("--agent", "{artifact}", "--episodes", 0), ["episode"]),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(evaluate, artifact, arguments, words):
+    code, output = evaluate(*[str(a).format(artifact=artifact) for a in arguments])
+    assert code == 1, output
+    assert "error: " in output
+    for word in words:
+        assert word in output
+    assert "Traceback" not in output
+
+
+def test_a_pickle_is_refused(evaluate, tmp_path):
+    import torch
+
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "model.pt")
+    code, output = evaluate("--agent", tmp_path / "model.pt", "--env", ENV_ID)
+    assert code == 1
+    assert "could run code" in output
+
+
+def test_help(evaluate):
+    code, output = evaluate("--help")
+    assert code == 0
+    assert "Evaluate an agent" in output
+    assert "--env-kwargs" in output
