@@ -14,20 +14,21 @@ from mail_agents.features import Feature, FeatureSpec
 from mail_agents.registry import AgentSpec, list_agents, make, pprint_registry, register, spec
 
 if TYPE_CHECKING:
-    from mail_agents.agent import Agent, Policy
+    from mail_agents.agent import Agent
     from mail_agents.check import check_agent
     from mail_agents.checkpoint import load_agent as load
     from mail_agents.data.dataset import MemoryDataset
     from mail_agents.data.episode import Episode
     from mail_agents.data.store import open_dataset, write_dataset
     from mail_agents.data.windows import WindowSpec
+    from mail_agents.policy import Policy
     from mail_agents.rollout import evaluate
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Agent": "mail_agents.agent:Agent",
-    "Policy": "mail_agents.agent:Policy",
+    "Policy": "mail_agents.policy:Policy",
     "Episode": "mail_agents.data.episode:Episode",
     "MemoryDataset": "mail_agents.data.dataset:MemoryDataset",
     "WindowSpec": "mail_agents.data.windows:WindowSpec",

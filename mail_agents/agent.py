@@ -1,4 +1,4 @@
-"""Policies (pure networks over windows) and agents (policies that live in time and in units)."""
+"""Agents: policies that live in time and in the environment's units."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,65 +15,15 @@ from mail_agents.data.dataset import TrajectoryDataset
 from mail_agents.data.stats import FeatureStats
 from mail_agents.data.windows import WindowSpec
 from mail_agents.errors import InvalidInputError, MissingStatisticsError, unknown_name
-from mail_agents.features import FeatureSpec, as_mapping
+from mail_agents.features import FeatureSpec
 from mail_agents.normalize import Normalizer
+from mail_agents.policy import Policy, resolve_device
 from mail_agents.seeding import derive_seed
 from mail_agents.slots import Slots
 from mail_agents.training.ema import EMA
 from mail_agents.training.optim import build_optimizer, build_scheduler
 
-Batch = Mapping[str, Tensor]
 TaskEmbedder = Callable[[Sequence[str]], np.ndarray]
-
-
-class Policy(nn.Module, ABC):
-    """A stateless network over normalised windows: what is compiled, exported and wrapped in DDP.
-
-    Batch keys (batch first): ``obs/<key>`` ``(B, H, ...)`` normalised floats (images are uint8),
-    ``mask`` ``(B, H)`` bool valid history, ``task_emb`` ``(B, E)`` for language-conditioned agents,
-    ``past_action`` ``(B, H-1, A)``, ``rtg`` and ``timestep`` ``(B, H)``; for :meth:`loss` also
-    ``action`` ``(B, J, A)`` normalised targets and ``action_mask`` ``(B, J)``.
-    """
-
-    @abstractmethod
-    def loss(
-        self, batch: Batch, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the scalar training loss and further scalars to log."""
-
-    @abstractmethod
-    def sample(
-        self, batch: Batch, generators: Sequence[torch.Generator], deterministic: bool
-    ) -> Tensor:
-        """Returns normalised action chunks ``(B, J, A)``, one random stream per row."""
-
-    def forward(
-        self, batch: Batch, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, so that ``DistributedDataParallel`` and ``compile`` wrap what trains."""
-        return self.loss(batch, generator)
-
-    def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
-        """Receives the normalised action bounds of the training data, each ``(A,)``."""
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turns ``"auto"`` or a torch device name into a device.
-
-    Raises:
-        InvalidInputError: The device does not exist on this machine.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(
-            f"Device {device!r} cannot be used here: {str(error).splitlines()[0]}. "
-            "Use 'cpu' or 'auto', and see 'mail-agents doctor'."
-        ) from error
-    return found
 
 
 class Agent(ABC):
@@ -454,7 +404,7 @@ class Agent(ABC):
             MissingStatisticsError: The agent was neither trained nor loaded.
         """
         self._require_fitted()
-        rows, single = self._checked_observation(observation)
+        rows, single = self.features.rows(observation)
         batch_size = len(next(iter(rows.values())))
         if self._slots is None:
             count = batch_size if slots is None else max(slots) + 1
@@ -471,38 +421,10 @@ class Agent(ABC):
         state.push(index, rows)
         due = index[state.queue_position[index] >= state.executed]
         if len(due):
-            state.store_plan(due, self._to_bounds(self._plan(state, due, deterministic)))
+            chunks = self._plan(state, due, deterministic)
+            state.store_plan(due, self.features.action.clip(chunks))
         action = state.pop(index).astype(self.features.action.dtype)
         return action[0] if single else action
-
-    def _checked_observation(self, observation: Any) -> tuple[dict[str, np.ndarray], bool]:
-        given = as_mapping(observation)
-        rows: dict[str, np.ndarray] = {}
-        unbatched: set[bool] = set()
-        for key, feature in self.features.observations.items():
-            if feature.kind == "text":
-                continue
-            if key not in given:
-                raise unknown_name("observation", key, given, "The agent was trained on this key.")
-            value = given[key]
-            single = value.shape == feature.shape
-            unbatched.add(single)
-            rows[key] = value[None] if single else value
-            if rows[key].shape[1:] != feature.shape:
-                raise InvalidInputError(
-                    f"Observation {key!r} has shape {value.shape}, expected (B, "
-                    f"{', '.join(map(str, feature.shape))}) or {feature.shape}."
-                )
-            if feature.kind == "image" and value.dtype != np.uint8:
-                raise InvalidInputError(
-                    f"Observation {key!r} is {value.dtype}, expected uint8 images in 0..255."
-                )
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise InvalidInputError(f"Observation {key!r} holds NaN or infinity.")
-        if len(unbatched) > 1 or len({len(value) for value in rows.values()}) > 1:
-            shapes = {key: given[key].shape for key in rows}
-            raise InvalidInputError(f"Observations disagree in their number of rows: {shapes}.")
-        return rows, unbatched == {True}
 
     def _plan(self, state: Slots, due: np.ndarray, deterministic: bool) -> np.ndarray:
         """Plans chunks ``(len(due), J, *A)`` in environment units."""
@@ -547,14 +469,6 @@ class Agent(ABC):
                 yield
         finally:
             policy.train(training)
-
-    def _to_bounds(self, actions: np.ndarray) -> np.ndarray:
-        feature = self.features.action
-        if feature.low is None or feature.high is None:
-            return actions
-        low = np.asarray(feature.low).reshape(feature.shape)
-        high = np.asarray(feature.high).reshape(feature.shape)
-        return np.clip(actions, low, high)
 
     def step(
         self,

@@ -52,6 +52,32 @@ class Feature:
         """Number of values of one time step."""
         return int(np.prod(self.shape, dtype=np.int64))
 
+    def clip(self, values: np.ndarray) -> np.ndarray:
+        """Clips ``(..., *shape)`` to the bounds, where there are any."""
+        if self.low is None or self.high is None:
+            return values
+        low, high = (np.asarray(bound).reshape(self.shape) for bound in (self.low, self.high))
+        return np.clip(values, low, high)
+
+    def check(self, key: str, value: np.ndarray) -> None:
+        """Refuses one time step, or a batch ``(B, *shape)``, that is not what is described.
+
+        Raises:
+            InvalidInputError: The shape or type is wrong, or a value is NaN or infinite.
+        """
+        if self.shape not in (value.shape, value.shape[1:]):
+            sizes = ", ".join(map(str, self.shape))
+            raise InvalidInputError(
+                f"Observation {key!r} has shape {value.shape}, expected (B, {sizes}) or "
+                f"{self.shape}."
+            )
+        if self.kind == "image" and value.dtype != np.uint8:
+            raise InvalidInputError(
+                f"Observation {key!r} is {value.dtype}, expected uint8 images in 0..255."
+            )
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise InvalidInputError(f"Observation {key!r} holds NaN or infinity.")
+
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready dictionary, without the fields that are None."""
         out: dict[str, Any] = {"kind": self.kind, "shape": list(self.shape), "dtype": self.dtype}
@@ -174,6 +200,34 @@ class FeatureSpec:
     def of_kind(self, *kinds: Kind) -> dict[str, Feature]:
         """Observation features of the given kinds, in alphabetical key order."""
         return {k: f for k, f in sorted(self.observations.items()) if f.kind in kinds}
+
+    def rows(self, observation: Any) -> tuple[dict[str, np.ndarray], bool]:
+        """Checks an observation and gives every key a batch axis.
+
+        Args:
+            observation: ``{key: (B, *shape)}``, or one unbatched observation ``{key: shape}``; a
+                bare array stands for the key ``"state"``. Other keys are ignored, text is left out.
+
+        Returns:
+            Arrays ``(B, *shape)`` by key, and whether the observation was unbatched.
+
+        Raises:
+            UnknownNameError: A key is missing.
+            InvalidInputError: A shape or type is wrong, rows disagree, or a value is not finite.
+        """
+        given = as_mapping(observation)
+        wanted = {key: f for key, f in self.observations.items() if f.kind != "text"}
+        for key, feature in wanted.items():
+            if key not in given:
+                raise unknown_name("observation", key, given, "The agent was trained on this key.")
+            feature.check(key, given[key])
+        unbatched = {given[key].shape == feature.shape for key, feature in wanted.items()}
+        single = unbatched == {True}
+        rows = {key: given[key][None] if single else given[key] for key in wanted}
+        if len(unbatched) > 1 or len({len(value) for value in rows.values()}) > 1:
+            shapes = {key: given[key].shape for key in rows}
+            raise InvalidInputError(f"Observations disagree in their number of rows: {shapes}.")
+        return rows, single
 
     def select(self, keys: Collection[str]) -> "FeatureSpec":
         """Keeps the named observation keys; none named means all.

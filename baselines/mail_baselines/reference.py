@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mail_agents.agent import Agent, Batch, Policy
+from mail_agents.agent import Agent
 from mail_agents.config import AgentConfig
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
+from mail_agents.policy import Batch, Policy
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mail_agents.agent import Agent, Policy
+from mail_agents.agent import Agent
 from mail_agents.agents.mail_backbone import MailBackbone
 from mail_agents.agents.mail_config import MailConfig, StackConfig
 from mail_agents.encoders.language import HashEmbedder
@@ -24,6 +24,7 @@ from mail_agents.errors import InvalidInputError, MissingStatisticsError
 from mail_agents.features import FeatureSpec
 from mail_agents.objectives import Objective
 from mail_agents.objectives.bc import BC
+from mail_agents.policy import Policy
 
 __all__ = ["MailAgent", "MailBackbone", "MailConfig", "MailPolicy", "StackConfig"]
 
@@ -113,7 +114,7 @@ class MailPolicy(Policy):
     def loss(
         self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`~mail_agents.agent.Policy`; targets masked by ``action_mask`` are ignored."""
+        """See :class:`~mail_agents.policy.Policy`; targets that do not exist are ignored."""
         features = self.encode(batch)
         loss = self.objective.training_loss(
             lambda noisy, t: self.backbone(features, noisy, t),
@@ -129,7 +130,7 @@ class MailPolicy(Policy):
         generators: Sequence[torch.Generator],
         deterministic: bool,
     ) -> Tensor:
-        """See :class:`~mail_agents.agent.Policy`; observations are encoded once per plan.
+        """See :class:`~mail_agents.policy.Policy`; observations are encoded once per plan.
 
         Raises:
             MissingStatisticsError: A diffusion policy does not know the action bounds.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toybox.world import demonstrations
 
-from mail_agents.agent import Agent, Policy, resolve_device
+from mail_agents.agent import Agent
 from mail_agents.agents.mail import MailAgent
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import MemoryDataset
@@ -21,6 +21,7 @@ from mail_agents.errors import (
     UnknownNameError,
 )
 from mail_agents.features import Feature, FeatureSpec
+from mail_agents.policy import Policy, resolve_device
 
 FEATURES = FeatureSpec(
     {"state": Feature("state", (2,), "float64")}, Feature("state", (1,), "float64")

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from toybox.world import ENV_ID, PointEnv, demonstrations
 
 import mail_agents
-from mail_agents.agent import Agent, Policy
+from mail_agents.agent import Agent
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import MemoryDataset
 from mail_agents.errors import FeatureMismatchError, InvalidInputError
 from mail_agents.features import Feature, FeatureSpec
+from mail_agents.policy import Policy
 from mail_agents.rollout import EpisodeResult, Evaluation, evaluate
 from mail_agents.seeding import derive_env_seed
 
