@@ -141,7 +141,7 @@ class ScriptServer:
             path: Folders to put before the import path.
         """
         log = directory / f"{name}-{time.monotonic_ns()}.log"
-        roots = os.pathsep.join([*path, *self._path])
+        roots = os.pathsep.join([*map(str, path), *self._path])
         job = {
             "argv": [str(REPOSITORY / "scripts" / f"{name}.py"), *map(str, arguments)],
             "directory": str(directory),
