@@ -1,6 +1,5 @@
 """The data benchmark runs, compares equal frames, and judges by its bar."""
 
-import importlib.util
 import json
 
 import pytest
@@ -9,19 +8,8 @@ pytest.importorskip("minari")
 
 
 @pytest.fixture
-def script(repository):
-    spec = importlib.util.spec_from_file_location(
-        "benchmark_data", repository / "scripts" / "benchmark_data.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def script(load_script):
+    return load_script("benchmark_data")
 
 
 def test_it_measures_and_judges(script, tmp_path, capsys, monkeypatch):
