@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.fixture
-def load_script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+def load_script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Imports ``scripts/<name>.py`` without running it."""
 
     def load(name: str) -> ModuleType:
@@ -22,4 +22,4 @@ def load_script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         spec.loader.exec_module(module)
         return module
 
-    yield load
+    return load
