@@ -439,6 +439,11 @@ class Agent(ABC):
                 batch = self._acting_batch(state, due[rows], int(count))
                 generators = [state.generators[slot] for slot in due[rows]]
                 chunk = self.acting_policy.sample(self.prepare(batch), generators, deterministic)
+                if chunk.shape != (len(rows), *chunks.shape[1:]):
+                    raise InvalidInputError(
+                        f"The policy of agent {self.agent_id!r} planned {tuple(chunk.shape)}, "
+                        f"expected (rows, horizon, actions) {(len(rows), *chunks.shape[1:])}."
+                    )
                 chunks[rows] = self.normalizers["action"].inverse(chunk).float().cpu().numpy()  # type: ignore[operator]
         if not np.isfinite(chunks).all():
             raise InvalidInputError(

@@ -308,7 +308,7 @@ def plans_every_executed_chunk(subject: _Subject) -> None:
 
 def past_actions_ignore_future(subject: _Subject) -> None:
     """Later observations do not change earlier actions."""
-    agent, steps = subject.agent(), subject.config.executed + 2
+    agent, steps = subject.agent(), subject.config.executed + 1  # the last step plans
     runs = []
     for later in (0, 1000):
         subject.begin(agent, 2)
@@ -322,6 +322,13 @@ def _policy_loss(agent: Agent, batch: Mapping[str, Any]) -> float:
     agent.generator.manual_seed(0)
     with torch.no_grad():
         return float(agent.loss(batch)[0])
+
+
+def _policy_actions(agent: Agent, batch: Mapping[str, Any]) -> torch.Tensor:
+    prepared = agent.prepare(batch)
+    generators = [torch.Generator().manual_seed(row) for row in range(len(batch["mask"]))]
+    with agent.acting():
+        return agent.acting_policy.sample(prepared, generators, True)
 
 
 def _noise(values: np.ndarray) -> np.ndarray:
@@ -343,6 +350,8 @@ def padded_history_ignored(subject: _Subject) -> None:
         changed[f"obs/{key}"] = values
     first, second = _policy_loss(agent, batch), _policy_loss(agent, changed)
     _require(abs(first - second) < _TOLERANCE, "padded history changes the loss")
+    error = float((_policy_actions(agent, batch) - _policy_actions(agent, changed)).abs().max())
+    _require(error < _TOLERANCE, "padded history changes the actions")
 
 
 def padded_targets_ignored(subject: _Subject) -> None:

@@ -32,9 +32,9 @@ RAW = {"state_norm": "identity", "action_norm": "identity"}
 class ProbePolicy(Policy):
     """Records what it is shown; step j of its chunk is the last observation's first value + j."""
 
-    def __init__(self, horizon):
+    def __init__(self, horizon, size):
         super().__init__()
-        self.horizon = horizon
+        self.horizon, self.size = horizon, size
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.seen = []
         self.modes = []
@@ -48,6 +48,7 @@ class ProbePolicy(Policy):
         self.modes.append((self.training, torch.is_inference_mode_enabled()))
         first = batch["obs/state"][:, -1, :1]
         chunk = torch.stack([first + j for j in range(self.horizon)], dim=1)
+        chunk = chunk.repeat(1, 1, self.size)
         if not deterministic:
             chunk = chunk + torch.stack([torch.rand(1, 1, generator=g) for g in generators])
         return chunk
@@ -55,7 +56,7 @@ class ProbePolicy(Policy):
 
 class ProbeAgent(Agent):
     def build_policy(self):
-        return ProbePolicy(self.config.horizon)
+        return ProbePolicy(self.config.horizon, self.features.action.size)
 
 
 def probe(features=FEATURES, seed=0, cls=ProbeAgent, **config):
@@ -368,6 +369,11 @@ def test_units_are_those_of_the_environment():
 
 
 def test_a_broken_network_is_not_played():
+    agent = probe(horizon=2)
+    agent.reset()
+    agent.policy.sample = lambda batch, *_: torch.zeros((1, 1, 1))  # type: ignore
+    with pytest.raises(InvalidInputError, match=r"planned \(1, 1, 1\).*\(1, 2, 1\)"):
+        agent.act(obs(0))
     agent = probe()
     agent.reset()
     agent.policy.sample = lambda batch, *_: torch.full((1, 1, 1), torch.nan)  # type: ignore
