@@ -44,6 +44,10 @@ class _ReferencePolicy(Policy):
 class MeanActionAgent(Agent):
     """Always plays the mean action of the demonstrations (zero in normalised units)."""
 
+    def __init__(self, config: AgentConfig, features: FeatureSpec, **kwargs: Any) -> None:
+        # Zero is the mean in these units only.
+        super().__init__(config.replace({"action_norm": "mean_std"}), features, **kwargs)
+
     def build_policy(self) -> Policy:
         """A policy that plays a constant."""
         return _ReferencePolicy((self.config.horizon, *self.features.action.shape))

@@ -122,12 +122,16 @@ class Run:
         with storing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        for leftover in self.directory.glob(".*.tmp"):  # of a process killed while it wrote
-            leftover.unlink()
-        if resume_step is None:
-            self._start(arguments)
-        else:
-            self._truncate(resume_step)
+        try:
+            for leftover in self.directory.glob(".*.tmp"):  # of a process killed while it wrote
+                leftover.unlink()
+            if resume_step is None:
+                self._start(arguments)
+            else:
+                self._truncate(resume_step)
+        except BaseException:
+            self._lock.close()
+            raise
         self._file = open(self._metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run
         self._board = SummaryWriter(
             str(self.directory / "tensorboard"),

@@ -1,0 +1,183 @@
+"""Run directories: arguments, metrics, locks."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+from dataclasses import dataclass, field
+
+import pytest
+
+from mail_agents.agents.mail_config import MailConfig
+from mail_agents.config import AgentConfig
+from mail_agents.errors import CorruptFileError, InvalidInputError, StorageError, UnknownNameError
+from mail_agents.training.runs import Run, load_arguments, parse_arguments, read_metrics
+
+
+@dataclass(frozen=True)
+class Args:
+    """A script."""
+
+    agent: str = "mail/d-ma-bc"
+    """Agent."""
+    config: AgentConfig = field(default_factory=AgentConfig)
+    """Its config."""
+    names: tuple[str, ...] = ("a",)
+    """A tuple, which JSON turns into a list."""
+    limit: float | None = None
+    """A union."""
+    seed: int = 0
+    """Seed."""
+    steps: int = 10
+    """Steps."""
+    resume: str | None = None
+    """Run to resume."""
+
+
+# ---- arguments -------------------------------------------------------------------------------
+
+
+def test_the_agent_decides_which_config_flags_there_are():
+    args = parse_arguments(Args, [])
+    assert isinstance(args.config, MailConfig)
+    assert args.config.encoder.layers == 0
+    for argv in (["--agent", "mail/ed-ma-bc"], ["--agent=mail/ed-ma-bc"]):
+        args = parse_arguments(Args, [*argv, "--config.history", "7", "--config.optim.lr", "0.1"])
+        assert args.agent == "mail/ed-ma-bc"
+        assert (args.config.history, args.config.optim.lr) == (7, 0.1)
+        assert args.config.encoder.layers == 8  # the preset's, not the class's
+    args = parse_arguments(Args, ["--config.history", "3", "--agent", "mean-action"])
+    assert args.config.history == 3
+    assert not isinstance(args.config, MailConfig)
+
+
+def test_unknown_agents_and_flags(capsys):
+    with pytest.raises(UnknownNameError, match="Did you mean 'mail/d-ma-bc'"):
+        parse_arguments(Args, ["--agent", "mail/d-ma-bcc"])
+    with pytest.raises(SystemExit):
+        parse_arguments(Args, ["--config.histroy", "3"])
+    assert "--config.history" in capsys.readouterr().err
+
+
+def start(directory, **changes):
+    args = dataclasses.replace(
+        Args(config=MailConfig(history=2), names=("x", "y"), limit=0.5), **changes
+    )
+    Run(directory, args, None).close()
+    return args
+
+
+def test_resuming_takes_every_argument_from_the_run(tmp_path):
+    args = start(tmp_path / "run", seed=4)
+    resumed = parse_arguments(Args, ["--resume", str(tmp_path / "run")])
+    assert resumed == dataclasses.replace(args, resume=str(tmp_path / "run"))
+    assert isinstance(resumed.names, tuple)
+    longer = parse_arguments(Args, ["--resume", str(tmp_path / "run"), "--steps", "99"])
+    assert longer.steps == 99
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--seed", "5"), ("--agent", "mail/ed-tr-bc"), ("--config.width", "16")],
+)
+def test_resuming_cannot_change_what_decides_the_weights(tmp_path, flags):
+    start(tmp_path)
+    with pytest.raises(InvalidInputError, match=r"was started with .*Drop the flag"):
+        parse_arguments(Args, ["--resume", str(tmp_path), *flags])
+    same = ("--seed", "0", "--config.history", "2")
+    assert parse_arguments(Args, ["--resume", str(tmp_path), *same]).seed == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "{}",
+        "[]",
+        '{"arguments": {"agent": "mail/d-ma-bc"}}',
+        '{"arguments": {"agent": "mail/d-ma-bc", "config": {"widht": 3}}}',
+        '{"arguments": {"agent": "mail/d-ma-bc", "config": {}, "unknown": 1}}',
+        '{"arguments": {"agent": "mail/d-ma-bc", "config": {}, "steps": "many"}}',
+        '{"arguments": {"agent": "no/such-agent", "config": {}}}',
+    ],
+)
+def test_unreadable_arguments_name_the_file(tmp_path, content):
+    if content is not None:
+        (tmp_path / "arguments.json").write_text(content)
+    with pytest.raises(CorruptFileError, match=r"Cannot resume .*arguments\.json"):
+        load_arguments(Args, tmp_path)
+
+
+# ---- metrics ---------------------------------------------------------------------------------
+
+
+def test_metrics_are_appended_and_read_back(tmp_path):
+    with Run(tmp_path / "new" / "run", Args(), None) as run:
+        run.log(1, {"loss": 2.0})
+        assert read_metrics(run.directory) == [{"step": 1, "loss": 2.0}]  # while it runs
+        run.log(2, {"loss": 1.0, "lr": 0.1})
+    assert read_metrics(tmp_path / "new" / "run")[1] == {"step": 2, "loss": 1.0, "lr": 0.1}
+    stored = json.loads((tmp_path / "new" / "run" / "arguments.json").read_text())
+    assert stored["arguments"]["names"] == ["a"]
+    assert set(stored) == {"arguments", "versions", "command"}
+    assert list((tmp_path / "new" / "run" / "tensorboard").glob("events*"))
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_half_written_line_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
+    with Run(tmp_path, Args(), None) as run:
+        for step in range(1, 6):
+            run.log(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    with Run(tmp_path, Args(), 3) as run:
+        run.log(4, {"loss": 40.0})
+    rows = [(row["step"], row["loss"]) for row in read_metrics(tmp_path)]
+    assert rows == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_a_new_run_never_overwrites(tmp_path):
+    start(tmp_path)
+    before = (tmp_path / "arguments.json").read_bytes()
+    with pytest.raises(InvalidInputError, match=r"already holds a run.*--resume"):
+        Run(tmp_path, Args(seed=9), None)
+    assert (tmp_path / "arguments.json").read_bytes() == before
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / ".arguments.json.77.tmp").write_text("half")
+    start(tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def hold(directory, ready, release):
+    with Run(directory, Args(), None):
+        ready.set()
+        release.wait(30)
+
+
+def test_only_one_process_writes_a_run(tmp_path):
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    ready, release = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready, release))
+    process.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(InvalidInputError, match="Another process is working on the run"):
+            Run(tmp_path, Args(), 0)
+    finally:
+        release.set()
+        process.join()
+    Run(tmp_path, Args(), 0).close()  # free as soon as the other has ended
+
+
+def test_places_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"Cannot write .*file"):
+        Run(tmp_path / "file" / "run", Args(), None)
