@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import mail_agents
-from mail_agents.check import example_dataset
+from mail_agents.data.example import example_dataset
 from mail_agents.features import Feature, FeatureSpec
 
 FEATURES = FeatureSpec(

@@ -11,8 +11,9 @@ from torch import nn
 
 from mail_agents import check_agent, registry
 from mail_agents.agent import Agent
-from mail_agents.check import CHECKS, example_dataset, example_features
+from mail_agents.check_rules import RULES
 from mail_agents.config import AgentConfig
+from mail_agents.data.example import example_dataset, example_features
 from mail_agents.errors import UnknownNameError
 from mail_agents.features import Feature, FeatureSpec
 from mail_agents.policy import Policy
@@ -329,11 +330,11 @@ def test_a_good_agent_passes_everything_that_concerns_it(registered):
     assert report.ok, report
     skipped = {result.name for result in report.results if result.status == "skip"}
     assert skipped <= {"other device"}
-    assert len(report.results) == len(CHECKS)
+    assert len(report.results) == len(RULES)
 
 
 def test_every_rule_has_an_agent_that_breaks_it():
-    rules = {check.__name__.replace("_", " ") for check in CHECKS}
+    rules = {check.__name__.replace("_", " ") for check in RULES}
     assert set(BROKEN) == rules - {"other device"}  # that one needs a second device
 
 
@@ -380,7 +381,7 @@ def test_an_agent_that_crashes_fails_instead_of_ending_the_suite(registered):
     failed = [result for result in report.results if result.status == "fail"]
     assert len(failed) > 5
     assert any("ZeroDivisionError" in result.detail for result in failed)
-    assert len(report.results) == len(CHECKS)
+    assert len(report.results) == len(RULES)
 
 
 def test_images_are_part_of_the_example_data():

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import mail_agents
 from mail_agents import checkpoint
-from mail_agents.check import example_dataset, example_features
 from mail_agents.checkpoint import (
     artifact_bytes,
     has_checkpoint,
@@ -27,6 +26,7 @@ from mail_agents.checkpoint import (
     save_checkpoint,
     write_atomic,
 )
+from mail_agents.data.example import example_dataset, example_features
 from mail_agents.errors import (
     CorruptFileError,
     InvalidInputError,

@@ -103,7 +103,7 @@ def test_check_fails_when_an_agent_does_not_conform(capsys, monkeypatch):
 
 def test_info_of_an_artifact(tmp_path, capsys):
     import mail_agents
-    from mail_agents.check import example_dataset, example_features
+    from mail_agents.data.example import example_dataset, example_features
 
     features = example_features()
     agent = mail_agents.make("mean-action", features)
