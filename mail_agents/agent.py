@@ -19,7 +19,7 @@ from mail_agents.features import FeatureSpec
 from mail_agents.normalize import Normalizer
 from mail_agents.policy import Policy, resolve_device
 from mail_agents.seeding import derive_seed
-from mail_agents.slots import Slots
+from mail_agents.slots import Slots, per_slot
 from mail_agents.training.ema import EMA
 from mail_agents.training.optim import build_optimizer, build_scheduler
 
@@ -345,25 +345,16 @@ class Agent(ABC):
         self._reset_slots(self._slots, slots, arguments)
 
     def _reset_slots(self, state: Slots, slots: list[int], arguments: Mapping[str, Any]) -> None:
-        def spread(name: str) -> list[Any]:
-            value = arguments[name]
-            if value is None or isinstance(value, (str, int, float, np.integer, np.floating)):
-                return [value] * len(slots)
-            if len(value) != len(slots):
-                raise InvalidInputError(
-                    f"reset: {name} has {len(value)} entries for {len(slots)} slots."
-                )
-            return list(value)
-
         seed = arguments["seed"]
         if seed is None:
             seed = derive_seed(self.seed, "eval", self._resets)
         if isinstance(seed, (int, np.integer)):
             seeds = [derive_seed(int(seed), "model", slot) for slot in slots]
         else:
-            seeds = [int(value) for value in spread("seed")]
-        tasks = [self._resolve_task(task) for task in spread("task")]
-        state.reset(slots, seeds, tasks, spread("target_return"))
+            seeds = [int(value) for value in per_slot("seed", seed, slots)]
+        tasks = [self._resolve_task(task) for task in per_slot("task", arguments["task"], slots)]
+        targets = per_slot("target_return", arguments["target_return"], slots)
+        state.reset(slots, seeds, tasks, targets)
 
     def _resolve_task(self, task: str | None) -> str | None:
         if self.task_embedder() is None:

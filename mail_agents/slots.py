@@ -1,6 +1,7 @@
 """What an agent remembers while acting, one row ("slot") per environment."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,19 @@ from mail_agents.config import AgentConfig
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
 from mail_agents.seeding import derive_seed
+
+
+def per_slot(name: str, value: Any, slots: Sequence[int]) -> list[Any]:
+    """Spreads one value over all slots, or checks that there is one per slot.
+
+    Raises:
+        InvalidInputError: A sequence does not have one entry per slot.
+    """
+    if value is None or isinstance(value, (str, int, float, np.integer, np.floating)):
+        return [value] * len(slots)
+    if len(value) != len(slots):
+        raise InvalidInputError(f"reset: {name} has {len(value)} entries for {len(slots)} slots.")
+    return list(value)
 
 
 class Slots:
