@@ -21,24 +21,24 @@ FEATURES, ACTIONS, WIDTH, HISTORY, HORIZON = 6, 3, 8, 3, 2
 
 # variant, diffusion, number of states: output of the second row, flattened
 RELEASED = {
-    ("d-ma", True, 3): (-3.159173, -0.997595, 1.598917, -2.557331, 0.500871, 2.530617),
-    ("d-ma", False, 3): (-1.227531, 1.425995, 2.686337, -1.105536, -1.633726, -0.567001),
-    ("ed-ma", True, 3): (-2.766957, -1.311031, 0.936414, -1.587764, -2.964297, -1.934745),
-    ("ed-ma", True, 1): (-2.611989, -2.932007, -0.877474, -2.709821, -0.872476, 1.328098),
-    ("ed-ma", False, 3): (0.964420, 0.637119, -0.228174, -2.718925, -2.566993, 0.176058),
-    ("ed-ma", False, 1): (-2.688367, -2.452882, 0.262281, -1.197172, -2.667508, -1.448563),
-    ("d-tr", True, 3): (-0.211544, -0.974648, -0.694961, -0.037165, -1.025088, -0.920961),
-    ("d-tr", False, 3): (0.750790, -0.284349, -1.526191, 0.852980, -0.157772, -1.498842),
-    ("ed-tr", True, 3): (-0.722792, -0.508836, 0.834839, -0.723248, -0.588692, 0.753570),
-    ("ed-tr", False, 3): (-0.759629, -1.126221, 0.032561, -0.586913, -1.123456, -0.137326),
+    ("d-ma", True, 3): (-0.397318, 0.341139, 0.915100, -1.353073, 1.580560, 0.521987),
+    ("d-ma", False, 3): (0.300064, -1.344265, -0.530365, -0.515132, 1.402614, 0.504937),
+    ("ed-ma", True, 3): (-2.827160, -0.185760, -0.196736, 1.548905, 1.645448, 0.618465),
+    ("ed-ma", True, 1): (-1.654971, -1.910593, 0.548667, 1.144634, 1.729870, 0.819364),
+    ("ed-ma", False, 3): (-0.390331, -1.532683, -0.649159, -1.005482, -1.370013, 0.228403),
+    ("ed-ma", False, 1): (-0.346724, -2.222210, -0.625506, -0.577855, -1.104611, 0.212865),
+    ("d-tr", True, 3): (-0.145275, -0.111304, -0.738334, 0.690915, -0.756560, -0.158646),
+    ("d-tr", False, 3): (-0.462858, 0.985460, -1.080744, -1.158064, 1.540224, -0.606939),
+    ("ed-tr", True, 3): (0.266648, -2.297104, -0.237975, 0.141170, -2.185040, -0.731097),
+    ("ed-tr", False, 3): (-0.314810, 0.470968, -0.926985, -0.288743, 0.297143, -0.755243),
 }
 # two frames, four features each
-RELEASED_VISION = [0.864763, 0.905970, -1.323300, 0.091123, 0.666420, 0.411180, -0.725920, 0.104140]
+RELEASED_VISION = [0.536255, 0.540696, 0.152608, -0.802360, 0.866591, 0.395832, 0.152458, -0.884286]
 
 
 def wave(shape, phase):
     index = torch.arange(math.prod(shape), dtype=torch.float64)
-    return torch.sin(1.7 * index + phase).reshape(shape)
+    return torch.sin(index**1.5 + phase).reshape(shape)
 
 
 def fill(net, scale):
@@ -79,7 +79,8 @@ def test_sequence_models_equal_the_released_ones(case):
 def test_image_features_equal_the_released_ones():
     encoder = ResNetEncoder(Feature("image", (96, 64, 3), "uint8"), 4).double().eval()
     fill(encoder, lambda shape: 0.5 if len(shape) == 1 else (2.0 / math.prod(shape[1:])) ** 0.5)
-    image = torch.arange(2 * 96 * 64 * 3).mul(37).remainder(251).to(torch.uint8)
+    index = torch.arange(2 * 96 * 64 * 3)
+    image = ((7 * index * index + 13 * index) % 251).to(torch.uint8)
     with torch.inference_mode():
         features = encoder(image.view(1, 2, 96, 64, 3)).flatten()
     assert features.tolist() == pytest.approx(RELEASED_VISION, abs=1e-5)
