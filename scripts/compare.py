@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mail_agents import spec
-from mail_agents.checkpoint import write_atomic
 from mail_agents.config import parse_agent
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.report.html import write_report
 from mail_agents.report.plots import learning_curves, success_bars
 from mail_agents.report.results import RunResult, load_results, save_results
 from mail_agents.report.tables import score_rows, to_markdown, to_rich
+from mail_agents.storage import write_atomic
 from mail_agents.training.runs import read_metrics
 
 TRAIN = Path(__file__).with_name("train.py")

@@ -20,9 +20,9 @@ from rich.console import Console
 
 import mail_agents
 from mail_agents.agent import Agent
-from mail_agents.checkpoint import write_atomic
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.features import FeatureSpec
+from mail_agents.storage import write_atomic
 from mail_agents.suite import World, evaluate_worlds, worlds_of
 
 

@@ -138,7 +138,7 @@ def main(args: Args) -> None:
                 loss, metrics = agent.loss(windows[next(sampler)])
             if not torch.isfinite(loss):
                 raise InvalidInputError(
-                    f"The loss became {float(loss)} at step {step}. Lower --config.optim.lr or set "
+                    f"The loss became {loss.item()} at step {step}. Lower --config.optim.lr or set "
                     f"--config.optim.grad-clip; checkpoints in {args.run_dir} are intact."
                 )
             agent.optimizer.zero_grad(set_to_none=True)

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import dacite
 import tyro
-from torch.utils.tensorboard import SummaryWriter
 
 from mail_agents import __version__
 from mail_agents.config import AgentConfig
@@ -133,6 +132,9 @@ class Run:
             self._lock.close()
             raise
         self._file = open(self._metrics, "a", encoding="utf-8")  # noqa: SIM115 - open for the run
+        # Imported here: it takes torch, which a comparison does not need to plan or read.
+        from torch.utils.tensorboard import SummaryWriter
+
         self._board = SummaryWriter(
             str(self.directory / "tensorboard"),
             purge_step=None if resume_step is None else resume_step + 1,

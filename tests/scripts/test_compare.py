@@ -1,7 +1,9 @@
 """scripts/compare.py at toy size: reuse, resume, failure, and what it refuses."""
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -166,10 +168,27 @@ def test_reuse_resume_refusal_and_failure(scripts, tmp_path, point_dataset):
     assert not (output / "report.html").exists()
 
 
-def test_help(scripts, tmp_path):
-    code, output = scripts.run(tmp_path, "compare", "--help")
-    assert code == 0
-    assert "--agents" in output
+HELP = """
+import runpy, sys
+sys.argv = ["compare.py", "--help"]
+try:
+    runpy.run_path({path!r}, run_name="__main__")
+except SystemExit as end:
+    print("status", end.code, "torch" in sys.modules)
+"""
+
+
+def test_help(scripts, tmp_path, repository):
+    code = HELP.format(path=str(repository / "scripts" / "compare.py"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert "--agents" in done.stdout
+    assert done.stdout.endswith("status 0 False\n")  # quick: planning needs no torch
     code, output = scripts.run(tmp_path, "compare", "--agents", "random")
     assert code == 2
     assert "--datasets" in output
