@@ -14,8 +14,8 @@ ENC_DEC := encoder.layers=2,decoder.layers=3
 DEMO_AGENTS := --agents mail/ed-ma-ddpm,$(ENC_DEC) mail/ed-ma-bc,$(ENC_DEC) mail/d-ma-bc,decoder.layers=5 \
 	mail/ed-tr-bc,$(ENC_DEC) mean-action random \
 	--common history=1,language=hash,optim.batch_size=128,optim.schedule=cosine \
-	--seeds 0 1 --steps 800 --eval-episodes 20 --videos 1 --title "MaIL on three Meta-World tasks" \
-	--notes "The networks have 5 blocks instead of the paper's 8 to 18, see states instead of images and train for 800 updates: this compares the architectures at a small size, it does not reproduce the paper."
+	--seeds 0 1 --steps 600 --eval-episodes 20 --videos 1 --title "MaIL on three Meta-World tasks" \
+	--notes "The networks have 5 blocks instead of the paper's 8 to 18, see states instead of images and train for 600 updates: this compares the architectures at a small size, it does not reproduce the paper."
 # Further flags for scripts/compare.py; they come last and win.
 DEMO_FLAGS ?=
 

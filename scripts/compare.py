@@ -36,7 +36,8 @@ from mail_agents.storage import write_atomic
 from mail_agents.training.runs import read_metrics
 
 TRAIN = Path(__file__).with_name("train.py")
-console = Console(soft_wrap=True)
+# A log has no width of its own; tables are unreadable in the 80 columns that rich assumes.
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 @dataclass(frozen=True)

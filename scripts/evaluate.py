@@ -45,7 +45,7 @@ class Args:
     """Episodes per task."""
     seed: int = 0
     """Seeds the episodes: the same seed gives the same initial states for every agent."""
-    n_envs: int = 10
+    n_envs: int = 20
     """Environments stepped side by side."""
     deterministic: bool = False
     """Leave out sampling noise."""

@@ -71,7 +71,7 @@ class Args:
     """Episodes per task."""
     eval_seed: int = 0
     """Seeds the evaluation episodes; the same for every training seed, so runs are paired."""
-    eval_envs: int = 10
+    eval_envs: int = 20
     """Environments stepped side by side."""
     videos: int = 0
     """Successful and failed episodes to record per task at the end."""
