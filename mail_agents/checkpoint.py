@@ -30,7 +30,7 @@ from mail_agents.artifact import (
     read_info,
     save_agent,
 )
-from mail_agents.errors import CorruptFileError, StorageError
+from mail_agents.errors import CorruptFileError, InvalidInputError, StorageError
 from mail_agents.storage import storing, sync_directory, write_atomic
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def training_state(agent: "Agent") -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "updates": agent.updates,
+        "device": agent.device.type,
         "optimizer": agent.optimizer.state_dict(),
         "scheduler": agent.scheduler.state_dict(),
         "ema": None if agent.ema is None else agent.ema.state_dict(),
@@ -74,7 +75,18 @@ def training_state(agent: "Agent") -> dict[str, Any]:
 
 
 def restore_training_state(agent: "Agent", state: Mapping[str, Any]) -> None:
-    """Puts :func:`training_state` back into an agent that was just loaded from its artifact."""
+    """Puts :func:`training_state` back into an agent that was just loaded from its artifact.
+
+    Raises:
+        InvalidInputError: The state comes from another kind of device, whose random streams cannot
+            be continued here.
+    """
+    if state["device"] != agent.device.type:
+        raise InvalidInputError(
+            f"This run was trained on {state['device']!r} and cannot be continued on "
+            f"{agent.device.type!r}: random streams differ. Use --device {state['device']}, or "
+            "start a new run."
+        )
     agent.optimizer.load_state_dict(state["optimizer"])
     agent.scheduler.load_state_dict(state["scheduler"])
     if agent.ema is not None:

@@ -445,6 +445,14 @@ def test_every_part_of_the_state_matters(tmp_path, part):
     assert artifact_bytes(agent) != artifact_bytes(original)
 
 
+def test_a_run_is_not_continued_on_another_kind_of_device(tmp_path):
+    saved(tmp_path)
+    agent, state = load_checkpoint(last_checkpoint(tmp_path), device="cpu")
+    agent.configure_optim(20)
+    with pytest.raises(InvalidInputError, match=r"trained on 'cuda'.*--device cuda"):
+        restore_training_state(agent, {**state["agent"], "device": "cuda"})
+
+
 def test_two_checkpoints_are_kept_and_last_names_the_newest(tmp_path):
     agent = small_agent()
     agent.configure_optim(20)
