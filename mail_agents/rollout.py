@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
+from mail_agents.data.episode import SUCCESS_KEYS
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec, as_mapping
 from mail_agents.report.stats import bootstrap_mean, wilson_interval
@@ -35,7 +36,8 @@ class EpisodeResult:
         index: Episode index, from 0.
         seed: Seed given to ``env.reset``.
         task: Task name, or None.
-        success: Whether ``info["success"]`` was true at any step; None when never reported.
+        success: Whether ``info["success"]`` or ``info["is_success"]`` was true at any step; None
+            when neither was ever reported.
         episode_return: Undiscounted sum of rewards.
         length: Environment steps.
         plans: Times the policy planned a chunk.
@@ -130,8 +132,9 @@ class _Slot:
         self.began = time.perf_counter()
 
     def note_info(self, info: Mapping[str, Any]) -> None:
-        if "success" in info:
-            self.success = bool(self.success) or bool(info["success"])
+        for key in SUCCESS_KEYS:
+            if key in info:
+                self.success = bool(self.success) or bool(info[key])
 
     def result(self, task: str | None, plans: int, terminated: bool) -> EpisodeResult:
         return EpisodeResult(

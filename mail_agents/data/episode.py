@@ -9,6 +9,9 @@ import numpy as np
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import Feature, FeatureSpec, as_mapping
 
+#: Names under which environments report success in ``info``.
+SUCCESS_KEYS = ("success", "is_success")
+
 
 def _checked(name: str, value: Any, length: int | tuple[int, ...], where: str) -> np.ndarray:
     array = np.asarray(value)
@@ -83,10 +86,10 @@ class Episode:
             put(self, key, _checked(key, getattr(self, key), length, where))
         for key in ("terminations", "truncations"):
             put(self, key, _checked(key, getattr(self, key), length, where).astype(bool))
-        if self.rewards.ndim != 1:
-            raise InvalidInputError(
-                f"{where}: 'rewards' has shape {self.rewards.shape}, expected (T,)."
-            )
+        for key in ("rewards", "terminations", "truncations"):
+            shape = getattr(self, key).shape
+            if len(shape) != 1:
+                raise InvalidInputError(f"{where}: {key!r} has shape {shape}, expected (T,).")
         put(self, "meta", dict(self.meta))
         put(
             self,

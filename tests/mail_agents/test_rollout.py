@@ -132,7 +132,8 @@ class Coin(gymnasium.Env):
     observation_space = gymnasium.spaces.Box(-8, 8, (4,), np.float32)
     action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
-    def __init__(self, slow=10, flicker=False, silent=False, at_reset=False):
+    def __init__(self, slow=10, flicker=False, silent=False, at_reset=False, key="success"):
+        self.key = key
         self.slow, self.flicker, self.silent, self.at_reset = slow, flicker, silent, at_reset
         self.closed = 0
 
@@ -145,7 +146,7 @@ class Coin(gymnasium.Env):
         self.t += 1
         success = self.lucky and (self.t == 1 or not self.flicker)
         ended = self.t >= (2 if self.lucky else self.slow)
-        info = {} if self.silent else {"success": success}
+        info = {} if self.silent else {self.key: success}
         return np.zeros(4, np.float32), 1.0, self.lucky and ended, ended and not self.lucky, info
 
     def close(self):
@@ -173,6 +174,8 @@ def test_success_is_latched_and_unknown_stays_unknown(greedy):
     steady = evaluate(greedy, Coin, 8, seed=0).episodes
     assert [e.success for e in flicker] == [e.success for e in steady]
     assert any(e.success for e in flicker)
+    other = evaluate(greedy, lambda: Coin(key="is_success"), 8, seed=0).episodes
+    assert [e.success for e in other] == [e.success for e in steady]
     silent = evaluate(greedy, lambda: Coin(silent=True), 2, seed=0)
     assert [e.success for e in silent.episodes] == [None, None]
     assert silent.success_rate is None

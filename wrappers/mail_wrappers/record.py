@@ -8,13 +8,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from mail_agents.data.episode import Episode
+from mail_agents.data.episode import SUCCESS_KEYS, Episode
 from mail_agents.data.writer import StoreWriter
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec, as_mapping
-
-#: Names under which environments report success in ``info``.
-SUCCESS_KEYS = ("success", "is_success")
 
 
 class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):

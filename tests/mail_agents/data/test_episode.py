@@ -33,6 +33,8 @@ def test_a_plain_episode():
         ({"observations": {"state": np.zeros((3, 2))}}, "'state' has 3 rows, expected 4"),
         ({"rewards": np.zeros(4)}, "'rewards' has 4 rows, expected 3"),
         ({"rewards": np.zeros((3, 1))}, "expected (T,)"),
+        ({"terminations": np.zeros((3, 1), bool)}, "'terminations' has shape (3, 1)"),
+        ({"truncations": np.zeros((3, 1), bool)}, "'truncations' has shape (3, 1)"),
         ({"actions": np.zeros((0, 1))}, "no actions"),
         ({"actions": np.float64(3)}, "no actions"),
         ({"observations": {}}, "no observations"),

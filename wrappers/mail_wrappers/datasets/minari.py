@@ -17,12 +17,11 @@ import numpy as np
 from gymnasium import spaces
 
 from mail_agents.data.dataset import TrajectoryDataset
-from mail_agents.data.episode import Episode
+from mail_agents.data.episode import SUCCESS_KEYS, Episode
 from mail_agents.data.manifest import file_sha256
 from mail_agents.data.store import StoreDataset, StoreWriter, open_dataset
 from mail_agents.errors import InvalidInputError, require, unknown_name
 from mail_agents.features import DEFAULT_KEY, Feature, FeatureSpec, flatten
-from mail_wrappers.record import SUCCESS_KEYS
 
 #: Minari is optional, so its types are only names here.
 MinariDataset = Any
@@ -221,10 +220,18 @@ def _describe_environment(
 ) -> None:
     if dataset.env_spec is not None:
         spec = json.loads(dataset.env_spec.to_json())
+        spec["id"] = _importable_id(dataset.env_spec)
         writer.env_specs = dict.fromkeys(writer.tasks, spec)
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if low is not None and high is not None:
         writer.reference_scores = {task: {"min": low, "max": high} for task in writer.tasks}
+
+
+def _importable_id(spec: Any) -> str:
+    """Puts the package that registers an id in front; Minari stores ids that assume its import."""
+    package = str(spec.entry_point or "").partition(":")[0].partition(".")[0]
+    known = package in ("", "gymnasium", "__main__") or ":" in spec.id
+    return spec.id if known else f"{package}:{spec.id}"
 
 
 def _folder_sha256(folder: Path) -> str:
