@@ -1,5 +1,6 @@
 """Evaluating on every task a dataset was recorded from, with videos."""
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,24 @@ class World:
             task, str(spec["id"]), dict(spec.get("kwargs") or {}), spec.get("max_episode_steps")
         )
 
+    def check(self) -> None:
+        """Looks the environment up without making it, so that a run fails before it trains.
+
+        Raises:
+            InvalidInputError: Nothing registers the id here.
+        """
+        module, _, name = self.env_id.rpartition(":")
+        try:
+            if module:
+                importlib.import_module(module)
+            gymnasium.spec(name)
+        except (ImportError, gymnasium.error.Error) as error:
+            raise InvalidInputError(
+                f"The environment {self.env_id!r} of task {self.task!r} cannot be found here: "
+                f"{error} Install the package that registers it, and name its module in the id "
+                "('module:id') with scripts/evaluate.py --env, or train with --eval-episodes 0."
+            ) from error
+
     def maker(self, **extra: Any) -> MakeEnv:
         """Returns a function that makes the environment, with further keyword arguments."""
         limit = {} if self.max_steps is None else {"max_episode_steps": self.max_steps}
@@ -62,14 +81,18 @@ def worlds_of(env_specs: Mapping[str, Mapping[str, Any]]) -> list[World]:
     """The environments of a dataset (``dataset.info.env_specs``), in task order.
 
     Raises:
-        InvalidInputError: The dataset does not say which environments it came from.
+        InvalidInputError: The dataset does not say which environments it came from, or one of them
+            is not registered here.
     """
     if not env_specs:
         raise InvalidInputError(
             "The dataset does not name its environments, so there is nothing to evaluate in. "
             "Name one: --env ID (scripts/evaluate.py), or train with --eval-episodes 0."
         )
-    return [World.from_spec(task, spec) for task, spec in env_specs.items()]
+    worlds = [World.from_spec(task, spec) for task, spec in env_specs.items()]
+    for world in worlds:
+        world.check()
+    return worlds
 
 
 def evaluate_worlds(

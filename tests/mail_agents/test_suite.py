@@ -53,6 +53,10 @@ def test_missing_worlds_say_what_to_do():
         worlds_of({})
     with pytest.raises(InvalidInputError, match=r"task 'reach' has no id"):
         worlds_of({"reach": {"kwargs": {}}})
+    with pytest.raises(InvalidInputError, match=r"'Absent-v0' of task 'reach'.*--eval-episodes 0"):
+        worlds_of({"reach": {"id": "Absent-v0"}})
+    with pytest.raises(InvalidInputError, match=r"'no_such_module:Absent-v0'.*no_such_module"):
+        worlds_of({"reach": {"id": "no_such_module:Absent-v0"}})
 
 
 def test_every_task_is_evaluated_saved_and_read_back(agent, tmp_path):
