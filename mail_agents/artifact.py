@@ -288,6 +288,11 @@ def load_agent(
 
 
 def _rebuild(path: Path, info: Mapping[str, Any], device: str, seed: int) -> "Agent":
+    if ":" in info["agent"]:  # in an id, what stands before a colon is imported
+        raise CorruptFileError(
+            f"{path}: key 'agent' is {info['agent']!r}; an artifact holds a plain id, without a "
+            "module to import. The file was altered."
+        )
     try:
         found = spec(info["agent"])
     except UnknownNameError as error:

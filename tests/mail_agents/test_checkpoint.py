@@ -334,6 +334,11 @@ def put(key, value):
         (put("features.action.kind", "video"), CorruptFileError, ["'video'"]),
         (put("agent", "mail/unheard-of"), UnknownNameError, ["'mail/unheard-of'", "Install"]),
         (put("agent", None), CorruptFileError, ["'agent'"]),
+        (
+            put("agent", "antigravity:mail/ed-ma-bc"),
+            CorruptFileError,
+            ["'antigravity:", "plain id"],
+        ),
         (put("tasks", "all"), CorruptFileError, ["'tasks'", "list"]),
         (put("updates", "4"), CorruptFileError, ["'updates'", "int"]),
         (put("sha256", None), CorruptFileError, ["'sha256'"]),
