@@ -70,7 +70,7 @@ def training_state(agent: "Agent") -> dict[str, Any]:
         "ema": None if agent.ema is None else agent.ema.state_dict(),
         "generator": agent.generator.get_state(),
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda_rng": [torch.cuda.get_rng_state(agent.device)] if _on_cuda(agent) else [],
     }
 
 
@@ -94,8 +94,13 @@ def restore_training_state(agent: "Agent", state: Mapping[str, Any]) -> None:
     agent.generator.set_state(state["generator"])
     agent.updates = int(state["updates"])
     torch.set_rng_state(state["torch_rng"])
-    if state["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    if state["cuda_rng"] and _on_cuda(agent):
+        torch.cuda.set_rng_state(state["cuda_rng"][0], agent.device)
+
+
+def _on_cuda(agent: "Agent") -> bool:
+    # Other devices are left alone: asking for their random state would start CUDA on each.
+    return agent.device.type == "cuda"
 
 
 def save_checkpoint(run: str | Path, step: int, agent: "Agent", loop: Mapping[str, Any]) -> Path:
