@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from mail_agents.errors import InvalidInputError, unknown_name
+
 #: Streams of the tree. The order is part of the format: append only.
 STREAMS = ("train", "data", "eval", "model")
 
@@ -18,8 +20,13 @@ def derive_seed(seed: int, stream: str, *path: int) -> int:
         path: Indices below the stream, for example the episode index.
 
     Raises:
-        ValueError: The stream is unknown or a number is negative.
+        UnknownNameError: The stream does not exist.
+        InvalidInputError: A number is negative.
     """
+    if stream not in STREAMS:
+        raise unknown_name("random stream", stream, STREAMS)
+    if min(seed, *path, 0) < 0:
+        raise InvalidInputError(f"Seeds and indices must not be negative; got {(seed, *path)}.")
     key = (STREAMS.index(stream), *path)
     sequence = np.random.SeedSequence(entropy=seed, spawn_key=key)
     low, high = sequence.generate_state(2, np.uint32).tolist()
