@@ -118,9 +118,15 @@ def text(file: h5py.File) -> None:
     file["data/demo_0/actions"] = ["a"] * STEPS
 
 
+def scalar(file: h5py.File) -> None:
+    del file["data/demo_0/actions"]
+    file["data/demo_0/actions"] = 1.0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (scalar, "actions is a single value, expected one per step"),
         (lambda f: shorten(f, "data/demo_1/obs/ee_pos"), "ee_pos has 5 rows, actions have 7"),
         (lambda f: shorten(f, "data/demo_0/rewards"), "rewards has 5 rows"),
         (spoil, r"demo_1: 'actions' is not finite .*step 3"),

@@ -134,6 +134,8 @@ def _array(path: Path, group: h5py.Group, name: str) -> np.ndarray:
         raise CorruptFileError(_missing(path, group, name, "array"))
     if found.dtype.kind not in "biuf":
         raise CorruptFileError(f"{path}: {found.name} holds {found.dtype}, expected numbers.")
+    if not found.shape:
+        raise CorruptFileError(f"{path}: {found.name} is a single value, expected one per step.")
     try:
         return found[()]
     except OSError as error:
