@@ -10,6 +10,7 @@ import numpy as np
 from mail_agents.data.columns import Column, npy_header, raw_bytes
 from mail_agents.data.manifest import MANIFEST, replaced_path
 from mail_agents.errors import InvalidInputError
+from mail_agents.storage import sync_directory
 
 _COPY_ROWS = 1 << 14
 
@@ -112,17 +113,6 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
-    """Forces the names in a folder to disk."""
-    if os.name == "nt":  # folders cannot be opened there; renames are journaled by the file system
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def swap_in(new: Path, path: Path, *, overwrite: bool) -> None:
     """Moves the finished folder into place; the store it replaces comes back on failure."""
     old = replaced_path(path)
@@ -138,7 +128,7 @@ def swap_in(new: Path, path: Path, *, overwrite: bool) -> None:
         if present:
             os.rename(old, path)
         raise
-    sync_folder(path.parent)
+    sync_directory(path.parent)
     if overwrite:  # also what an interrupted overwrite left
         shutil.rmtree(old, ignore_errors=True)
 

@@ -29,7 +29,6 @@ from mail_agents.data.files import (
     stored_dtype,
     swap_in,
     sync_file,
-    sync_folder,
     take_lock,
     write_all,
 )
@@ -47,6 +46,7 @@ from mail_agents.data.manifest import (
 )
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
+from mail_agents.storage import sync_directory
 
 _JOURNAL = "journal.jsonl"
 _DATA = "data"
@@ -313,7 +313,7 @@ class StoreWriter:
                 file.path.unlink()
                 del self._files[name]
         self._write_tables()
-        sync_folder(self._data)
+        sync_directory(self._data)
         self._check_target()
         swap_in(self._data, self.path, overwrite=self.overwrite)
 

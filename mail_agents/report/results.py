@@ -13,6 +13,7 @@ from typing import Any
 import dacite
 
 from mail_agents.errors import CorruptFileError, InvalidInputError
+from mail_agents.storage import write_atomic
 
 _FORMAT = "mail-agents-results"
 _FORMAT_VERSION = 1
@@ -175,6 +176,7 @@ def save_results(path: str | Path, results: Sequence[RunResult]) -> Path:
 
     Raises:
         InvalidInputError: A configuration or an episode holds something JSON cannot hold.
+        StorageError: The disk is full or cannot be written to.
     """
     path = Path(path)
     document = {
@@ -186,10 +188,7 @@ def save_results(path: str | Path, results: Sequence[RunResult]) -> Path:
         text = json.dumps(document, indent=1, default=_plain)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"Results cannot be written to {path}: {error}.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(path, (text + "\n").encode())
     return path
 
 
