@@ -20,7 +20,7 @@ from rich.console import Console
 
 import mail_agents
 from mail_agents.agent import Agent
-from mail_agents.errors import InvalidInputError, MailAgentsError
+from mail_agents.errors import InvalidInputError, MailAgentsError, UnknownNameError
 from mail_agents.features import FeatureSpec
 from mail_agents.storage import write_atomic
 from mail_agents.suite import World, evaluate_worlds, worlds_of
@@ -83,10 +83,19 @@ def load_or_make(args: Args) -> Agent:
         return mail_agents.load(
             args.agent, device=args.device, weights=args.weights, seed=args.seed
         )
+    try:
+        mail_agents.spec(args.agent)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"There is no file or folder {args.agent!r}. {error}") from error
     if args.dataset is not None:
         dataset = mail_agents.open_dataset(args.dataset)
         agent = mail_agents.make(args.agent, dataset.features, device=args.device, seed=args.seed)
         agent.fit_statistics(dataset)
+    elif args.env is None:
+        raise InvalidInputError(
+            f"Agent {args.agent!r} was trained in no environment: name one with --env ID, or a "
+            "dataset recorded in some with --dataset DIRECTORY."
+        )
     else:
         env = resolve_worlds(args, None)[0].maker()()
         features = FeatureSpec.from_spaces(env.observation_space, env.action_space)

@@ -22,7 +22,10 @@ from mail_agents.storage import storing, write_atomic
 ARGUMENTS = "arguments.json"
 METRICS = "metrics.jsonl"
 #: Arguments that decide the weights of a run, so that resuming cannot change them.
-_DECIDING = ("agent", "config", "seed", "validation", "precision")
+_DECIDING = (
+    *("agent", "config", "seed", "validation", "precision"),
+    *("observations", "demos", "demo_selection"),
+)
 
 A = TypeVar("A")
 
