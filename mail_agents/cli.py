@@ -214,7 +214,7 @@ def _spec(command: Spec) -> int:
     ):
         if value:
             print(f"  {name:13s} {value}")
-    print("  config (override with scripts/train.py --agent 'ID,name=value')")
+    print("  config (override with scripts/train.py --agent ID --config.NAME VALUE)")
     for name, value in _flat(config):
         print(f"    {name:28s} {json.dumps(value)}")
     return 0

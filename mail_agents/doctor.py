@@ -60,7 +60,7 @@ _CORE = (
 )
 PACKAGES = (
     *(
-        Package(m, d, "everything", "pip install --force-reinstall mail-agents", core=True)
+        Package(m, d, "everything", f"pip install --force-reinstall --no-deps {d}", core=True)
         for m, d in _CORE
     ),
     Package("mujoco", "mujoco", "MuJoCo worlds", _EXTRA.format("sim")),

@@ -42,7 +42,7 @@ def storing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"Cannot write {path}: {error}. Files that were complete before are unchanged. Free "
-            "some space or choose another place, then run the command again (with --resume to "
+            "some space or choose another place, then run the command again (with --resume RUN to "
             "continue a training run)."
         ) from error
 
