@@ -17,6 +17,7 @@ from mail_agents.data.windows import WindowSpec
 from mail_agents.errors import InvalidInputError, MissingStatisticsError, unknown_name
 from mail_agents.features import FeatureSpec
 from mail_agents.normalize import Normalizer
+from mail_agents.ops.backends import recording_backends
 from mail_agents.policy import Policy, resolve_device
 from mail_agents.seeding import derive_seed
 from mail_agents.slots import Slots, per_slot
@@ -71,6 +72,8 @@ class Agent(ABC):
         self.tasks: tuple[str, ...] = ()
         self.task_embeddings: np.ndarray | None = None
         self.provenance: dict[str, Any] = {}
+        #: Kernel backends that this agent's network ran on, by op.
+        self.backends: dict[str, set[str]] = {}
         self.check_features(features)
         self.normalizers = nn.ModuleDict(
             {"action": Normalizer(config.action_norm, features.action.shape)}
@@ -235,7 +238,8 @@ class Agent(ABC):
         Raises:
             MissingStatisticsError: Statistics were never fitted.
         """
-        return self.training_module(self.prepare(batch), self.generator)
+        with recording_backends(self.backends):
+            return self.training_module(self.prepare(batch), self.generator)
 
     def configure_optim(self, total_steps: int | None = None) -> None:
         """Creates optimiser and learning-rate schedule from the config.
@@ -461,7 +465,7 @@ class Agent(ABC):
         training = policy.training
         policy.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), recording_backends(self.backends):
                 yield
         finally:
             policy.train(training)

@@ -27,7 +27,6 @@ from mail_agents.errors import (
     UnknownNameError,
 )
 from mail_agents.features import FeatureSpec
-from mail_agents.ops.backends import used_backends
 from mail_agents.registry import load_entry_point, make, spec
 from mail_agents.storage import write_atomic
 
@@ -101,20 +100,14 @@ def artifact_metadata(agent: "Agent") -> dict[str, Any]:
         "tasks": list(agent.tasks),
         "seed": agent.seed,
         "updates": agent.updates,
-        "provenance": {k: v for k, v in agent.provenance.items() if k != "backends"},
-        "backends": _backends(agent),
+        "provenance": agent.provenance,
+        "backends": {op: sorted(names) for op, names in agent.backends.items()},
         "versions": {
             "mail_agents": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
-
-
-def _backends(agent: "Agent") -> dict[str, list[str]]:
-    """Kernel backends that ran now or, for a loaded agent, before."""
-    before, now = agent.provenance.get("backends", {}), used_backends()
-    return {op: sorted({*before.get(op, ()), *now.get(op, ())}) for op in {**before, **now}}
 
 
 def save_agent(agent: "Agent", path: str | Path) -> Path:
@@ -277,7 +270,8 @@ def load_agent(
         )
     agent.tasks = tuple(info["tasks"])
     agent.updates = int(info["updates"])
-    agent.provenance = dict(info["provenance"]) | {"backends": info["backends"]}
+    agent.provenance = dict(info["provenance"])
+    agent.backends = {op: set(names) for op, names in info["backends"].items()}
     agent._require_fitted()
     agent.on_statistics()
     if weights == "raw":

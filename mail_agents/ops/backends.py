@@ -30,6 +30,9 @@ ENV_VAR = "MAIL_AGENTS_BACKEND"
 BACKENDS = ("cuda", "torch", "reference")
 
 _override: ContextVar[str | None] = ContextVar("mail_agents_backend", default=None)
+_recorder: ContextVar[dict[str, set[str]] | None] = ContextVar("mail_agents_ran", default=None)
+#: Choices that were logged already, so that a training loop logs each of them once.
+_logged: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -156,10 +159,10 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
         for candidate in candidates[:-1]:
             reason = candidate.refuse(*inputs)
             if reason is None:
-                _log_choice(op, candidate.name, tuple(skipped))
+                _note(op, candidate.name, skipped)
                 return candidate
             skipped.append(f"{candidate.name}: {reason}")
-        _log_choice(op, candidates[-1].name, tuple(skipped))
+        _note(op, candidates[-1].name, skipped)
         return candidates[-1]
     by_name = {candidate.name: candidate for candidate in candidates}
     if name not in by_name:
@@ -175,7 +178,7 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
             f"Backend {name!r} was requested for {op} and cannot run it: {reason}. "
             "Use backend='auto' to take the fastest one that can."
         )
-    _log_choice(op, name, ("requested by name",))
+    _note(op, name, ["requested by name"])
     return candidate
 
 
@@ -190,18 +193,24 @@ def _require(op: str, backend: str, extension: Extension) -> None:
         )
 
 
-_ran: dict[str, set[str]] = {}
+@contextmanager
+def recording_backends(into: dict[str, set[str]]) -> Iterator[None]:
+    """Adds every backend that runs inside the block to ``into``, by op."""
+    token = _recorder.set(into)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
 
 
-def used_backends() -> dict[str, list[str]]:
-    """Backends that ran in this process so far, by op; artifacts record them."""
-    return {op: sorted(names) for op, names in sorted(_ran.items())}
-
-
-@functools.cache
-def _log_choice(op: str, backend: str, notes: tuple[str, ...]) -> None:
-    _ran.setdefault(op, set()).add(backend)
-    logger.info("%s runs on backend %r%s", op, backend, f" ({'; '.join(notes)})" if notes else "")
+def _note(op: str, backend: str, notes: Sequence[str]) -> None:
+    ran = _recorder.get()
+    if ran is not None:
+        ran.setdefault(op, set()).add(backend)
+    if (op, backend) not in _logged:
+        _logged.add((op, backend))
+        why = f" ({'; '.join(notes)})" if notes else ""
+        logger.info("%s runs on backend %r%s", op, backend, why)
 
 
 def refuse_without(extension: Extension, on_cuda: bool) -> str | None:

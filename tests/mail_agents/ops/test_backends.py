@@ -10,14 +10,20 @@ import torch
 
 from mail_agents.errors import InvalidInputError, MissingDependencyError, UnknownNameError
 from mail_agents.ops import backends, causal_conv1d, selective_scan, use_backend
-from mail_agents.ops.backends import Candidate, backend_report, choose, requested_backend
+from mail_agents.ops.backends import (
+    Candidate,
+    backend_report,
+    choose,
+    recording_backends,
+    requested_backend,
+)
 
 
 @pytest.fixture(autouse=True)
-def forget_choices():
+def forget_choices(monkeypatch):
     """Probes and log lines happen once per process; every test starts without them."""
     backends.probe.cache_clear()
-    backends._log_choice.cache_clear()
+    monkeypatch.setattr(backends, "_logged", set())
     yield
     backends.probe.cache_clear()
 
@@ -169,11 +175,14 @@ def test_importing_the_package_imports_no_extension():
     assert out.stdout.strip() == "[]"
 
 
-def test_backends_that_ran_are_remembered(monkeypatch):
-    monkeypatch.setattr(backends, "_ran", {})
-    assert backends.used_backends() == {}
+def test_backends_that_run_are_recorded_where_asked():
     scan()
-    conv("reference")
+    outer, inner = {}, {}
+    with recording_backends(outer):
+        conv("reference")
+        with recording_backends(inner):
+            scan("reference")
+        scan()
     scan("reference")
-    wanted = {"causal_conv1d": ["reference"], "selective_scan": ["reference", "torch"]}
-    assert backends.used_backends() == wanted
+    assert outer == {"causal_conv1d": {"reference"}, "selective_scan": {"torch"}}
+    assert inner == {"selective_scan": {"reference"}}
