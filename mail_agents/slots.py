@@ -136,7 +136,15 @@ class Slots:
         self.plans[slots] += 1
 
     def advance(self, slots: np.ndarray, reward: np.ndarray, ended: np.ndarray) -> None:
-        """Accounts for one environment step."""
+        """Accounts for one environment step.
+
+        Raises:
+            InvalidInputError: There is not one reward and one end per slot.
+        """
+        if not len(slots) == len(reward) == len(ended):
+            raise InvalidInputError(
+                f"step: got {len(reward)} rewards and {len(ended)} ends for {len(slots)} slots."
+            )
         self.target_return[slots] -= reward
         self.steps[slots] += 1
         self.ended[slots] |= ended

@@ -27,12 +27,14 @@ from rich.progress import Progress
 
 from mail_agents import spec
 from mail_agents.config import parse_agent
+from mail_agents.data.store import open_dataset
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.report.html import write_report
 from mail_agents.report.plots import learning_curves, success_bars
 from mail_agents.report.results import RunResult, load_results, save_results
 from mail_agents.report.tables import score_rows, to_markdown, to_rich
 from mail_agents.storage import write_atomic
+from mail_agents.suite import worlds_of
 from mail_agents.training.runs import read_metrics
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -114,6 +116,8 @@ def flags(overrides: dict[str, object]) -> list[str]:
 
 def plan(args: Args) -> list[Cell]:
     """Lists every cell, checking agents and overrides before anything is trained."""
+    if min(args.eval_episodes, args.workers, args.steps) < 1:
+        raise InvalidInputError("--eval-episodes, --workers and --steps start at 1.")
     _, common = parse_agent(f"common,{args.common}" if args.common else "common")
     parsed = [(text, *parse_agent(text)) for text in args.agents]
     ids = [agent for _, agent, _ in parsed]
@@ -232,6 +236,8 @@ def poll(futures: dict, bars: Progress, cells: list[Cell]) -> Iterator:
 def main(args: Args) -> None:
     """Trains what is missing and writes the report."""
     cells = plan(args)
+    for dataset in args.datasets:
+        worlds_of(open_dataset(dataset).info.env_specs)
     output = Path(args.output)
     (output / "runs").mkdir(parents=True, exist_ok=True)
     for cell in cells:

@@ -41,6 +41,8 @@ class Args:
     """Task name for --env; None takes the last part of the environment id."""
     dataset: str | None = None
     """Dataset that gives an untrained agent its features and statistics."""
+    max_steps: int | None = None
+    """Step limit for --env; None takes the environment's own."""
     episodes: int = 50
     """Episodes per task."""
     seed: int = 0
@@ -74,7 +76,9 @@ def resolve_worlds(args: Args, agent: Agent | None) -> list[World]:
             kwargs[name] = json.loads(value)
         except json.JSONDecodeError:
             kwargs[name] = value
-    return [World(args.task or args.env.rpartition("/")[2], args.env, kwargs)]
+    world = World(args.task or args.env.rpartition("/")[2], args.env, kwargs, args.max_steps)
+    world.check()
+    return [world]
 
 
 def load_or_make(args: Args) -> Agent:

@@ -34,6 +34,7 @@ from mail_agents.training.session import (
     open_agent,
     start_training,
     summarise_run,
+    task_warning,
     trainable_parameters,
     validation_loss,
 )
@@ -115,6 +116,8 @@ def main(args: Args) -> None:
     first, seconds = start_training(agent, state, sampler, args.steps)
     if args.compile:
         agent.policy.compile()
+    if (note := task_warning(agent)) is not None:
+        console.print(note)
     parameters = trainable_parameters(agent)
     total = args.steps if parameters else 0  # reference agents only take statistics
     console.print(

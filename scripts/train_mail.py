@@ -37,6 +37,7 @@ from mail_agents.training.session import (
     open_agent,
     start_training,
     summarise_run,
+    task_warning,
     trainable_parameters,
 )
 
@@ -134,6 +135,8 @@ def main(args: Args) -> None:
     first, seconds = start_training(agent, state, sampler, total)
     if args.compile:
         agent.policy.compile()
+    if (note := task_warning(agent)) is not None:
+        console.print(note)
     console.print(
         f"{args.agent}: {trainable_parameters(agent):,} parameters, {len(windows):,} windows of "
         f"{len(episodes)} demonstrations of {len(dataset.info.tasks)} tasks, "

@@ -24,7 +24,7 @@ METRICS = "metrics.jsonl"
 #: Arguments that decide the weights of a run, so that resuming cannot change them.
 _DECIDING = (
     *("agent", "config", "seed", "validation", "precision"),
-    *("observations", "demos", "demo_selection"),
+    *("observations", "demos", "demo_selection", "output"),
 )
 
 A = TypeVar("A")
@@ -58,7 +58,8 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
     # The flags of ``config`` are those of the default's own class: tyro narrows to it.
     arguments = tyro.cli(cls, args=argv, default=default)
     if resume is not None:
-        for name in _DECIDING:
+        bent = ("steps", "epochs") if default.config.optim.schedule == "cosine" else ()  # type: ignore[attr-defined]
+        for name in (*_DECIDING, *bent):
             given, stored = getattr(arguments, name, None), getattr(default, name, None)
             if given != stored:
                 raise InvalidInputError(
@@ -89,7 +90,7 @@ def load_arguments(cls: type[A], run: Path) -> A:
     """
     path = run / ARGUMENTS
     try:
-        data = json.loads(path.read_text())["arguments"]
+        data = json.loads(path.read_text("utf-8"))["arguments"]
         config_class = type(spec(data["agent"]).config())
         config = config_class.from_dict(data.pop("config"))
         plain = dacite.Config(strict=True, cast=[tuple], type_hooks={AgentConfig: lambda _: config})

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from mail_agents.data.windows import BatchSampler, WindowView
 
 
+def task_warning(agent: "Agent") -> str | None:
+    """Says when an agent has to guess which of several tasks it is in."""
+    if len(agent.tasks) < 2 or agent.task_embedder() is not None:
+        return None
+    return (
+        f"note: the agent is not told which of the {len(agent.tasks)} tasks it is in; add "
+        "--config.language hash unless the observations show it"
+    )
+
+
 def trainable_parameters(agent: "Agent") -> int:
     """Number of weights that training changes; 0 for reference agents."""
     return sum(p.numel() for p in agent.policy.parameters() if p.requires_grad)
