@@ -44,7 +44,7 @@ from mail_agents.data.manifest import (
     library_versions,
     partial_path,
 )
-from mail_agents.errors import InvalidInputError
+from mail_agents.errors import InvalidInputError, StorageError
 from mail_agents.features import FeatureSpec
 from mail_agents.storage import sync_directory
 
@@ -80,6 +80,7 @@ class StoreWriter:
 
     Raises:
         InvalidInputError: The target exists, or an unfinished conversion cannot be continued.
+        StorageError: The folder cannot be made or written to.
     """
 
     def __init__(
@@ -106,6 +107,18 @@ class StoreWriter:
         self._partial = partial_path(self.path)
         self._data = self._partial / _DATA
         self._check_target()
+        with self._storing():
+            self._open(resume)
+
+    def __len__(self) -> int:
+        return len(self._ledger.entries)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks of the episodes that are in, in order of first appearance."""
+        return self._ledger.tasks
+
+    def _open(self, resume: bool) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial.mkdir(exist_ok=True)
         self._lock = take_lock(self._partial / "lock")
@@ -116,14 +129,6 @@ class StoreWriter:
         except BaseException:
             self._close()
             raise
-
-    def __len__(self) -> int:
-        return len(self._ledger.entries)
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Tasks of the episodes that are in, in order of first appearance."""
-        return self._ledger.tasks
 
     def _check_target(self) -> None:
         if not os.path.lexists(self.path):
@@ -225,7 +230,7 @@ class StoreWriter:
         Raises:
             FeatureMismatchError: It does not agree with the episodes before it.
             InvalidInputError: The source id is in already, or ``meta`` is not JSON-ready.
-            OSError: The disk is full or failing; what was complete before stays resumable.
+            StorageError: The disk is full or failing; what was complete before stays resumable.
         """
         if source_id is None and episode.meta.get("source_id") is not None:
             source_id = str(episode.meta["source_id"])
@@ -235,7 +240,7 @@ class StoreWriter:
             )
         entry = make_entry(episode, source_id)
         self._ledger.check(entry)
-        with self._noting_disk_errors():
+        with self._storing():
             for name, array in episode_columns(episode).items():
                 self._write(name, array, entry["columns"][name])
             assert self._journal is not None
@@ -260,16 +265,19 @@ class StoreWriter:
         file.write(array, at=file.rows)
 
     @contextlib.contextmanager
-    def _noting_disk_errors(self) -> Iterator[None]:
+    def _storing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            error.add_note(
-                f"Writing the store {self.path} failed; nothing was put there. {len(self)} whole "
-                f"episodes are kept in {self._partial}: free space and run the same command again "
-                "to continue, or delete that folder."
-            )
-            raise
+            remedy = "Free space or choose another place, then run the same command again."
+            if len(self):
+                remedy = (
+                    f"{len(self)} whole episodes are kept in {self._partial}: free space and run "
+                    "the same command again to continue, or delete that folder."
+                )
+            raise StorageError(
+                f"Cannot write the store {self.path}, nothing was put there: {error}. {remedy}"
+            ) from error
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -282,7 +290,7 @@ class StoreWriter:
     ) -> None:
         try:
             if kind is None:
-                with self._noting_disk_errors():
+                with self._storing():
                     self._commit()
         finally:
             self._close()
