@@ -1,11 +1,10 @@
 """Names of the worlds, readable without importing any simulator."""
 
-import json
 from typing import Any
 
 import gymnasium
-from gymnasium.envs.registration import EnvSpec
 
+from mail_agents.data.env_specs import spec_to_dict
 from mail_agents.errors import InvalidInputError
 
 #: Steps after which an episode is truncated unless ``gymnasium.make(max_episode_steps=)`` says
@@ -86,7 +85,7 @@ def env_spec_dict(env: gymnasium.Env) -> dict[str, Any]:
 
     Returns:
         The JSON form of its ``EnvSpec``, with an id such as ``mail_envs:metaworld/reach-v3``, see
-        :func:`importable_id`.
+        :func:`~mail_agents.data.env_specs.importable_id`.
 
     Raises:
         InvalidInputError: The environment was constructed without ``gymnasium.make``.
@@ -96,13 +95,4 @@ def env_spec_dict(env: gymnasium.Env) -> dict[str, Any]:
             f"{type(env.unwrapped).__name__} has no spec. Make it with gymnasium.make(id) so that "
             "others can make it again."
         )
-    return {**json.loads(env.spec.to_json()), "id": importable_id(env.spec)}
-
-
-def importable_id(spec: EnvSpec) -> str:
-    """The id by which ``gymnasium.make`` finds an environment in a fresh process.
-
-    Ids of this package get the module that registers them in front; others are returned unchanged.
-    """
-    ours = str(spec.entry_point).startswith("mail_envs.") and ":" not in spec.id
-    return f"mail_envs:{spec.id}" if ours else spec.id
+    return spec_to_dict(env.spec)

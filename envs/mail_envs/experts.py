@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import gymnasium
 import numpy as np
 
+from mail_agents.data.env_specs import importable_id
 from mail_agents.data.episode import Episode
 from mail_agents.errors import InvalidInputError, MailAgentsError, require, unknown_name
 from mail_agents.seeding import derive_env_seed
-from mail_envs.catalogue import importable_id
 from mail_wrappers.record import RecordEpisodes
 
 #: Attempts per wanted episode before :func:`collect_episodes` gives up.

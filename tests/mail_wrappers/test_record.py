@@ -125,6 +125,11 @@ def test_registered_environments_name_their_task_and_spec():
     env.features.check(dataset.features)
 
 
+def test_recorded_environments_can_be_made_again_in_a_fresh_process():
+    env = RecordEpisodes(gymnasium.make("toybox:toybox/Point-v0"))
+    assert env.env_specs["toybox/Point-v0"]["id"] == "toybox:toybox/Point-v0"
+
+
 def test_what_cannot_be_recorded_is_refused():
     nested = Counter(action_space=spaces.Tuple([spaces.Discrete(2)]))
     with pytest.raises(InvalidInputError, match="Tuple space"):

@@ -1,6 +1,5 @@
 """Turns any interaction with an environment into episodes."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from mail_agents.data.env_specs import spec_to_dict
 from mail_agents.data.episode import SUCCESS_KEYS, Episode
 from mail_agents.data.writer import StoreWriter
 from mail_agents.errors import InvalidInputError
@@ -90,7 +90,7 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         """``{task: EnvSpec as JSON data}`` for ``StoreWriter(env_specs=...)``; {} when unknown."""
         if self.env.spec is None or self.task is None:
             return {}
-        return {self.task: json.loads(self.env.spec.to_json())}
+        return {self.task: spec_to_dict(self.env.spec)}
 
     def _begin(self, seed: int | None, options: dict[str, Any] | None) -> None:
         self._seed, self._options = seed, options

@@ -338,17 +338,3 @@ def test_minari_is_imported_only_when_used(repository):
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths}
     )
-
-
-@pytest.mark.parametrize(
-    ("entry_point", "expected"),
-    [
-        ("some_package.envs.maze:Maze", "some_package:Maze-v0"),
-        ("gymnasium.envs.classic_control:CartPoleEnv", "Maze-v0"),
-        ("__main__:Maze", "Maze-v0"),
-        (None, "Maze-v0"),
-    ],
-)
-def test_environments_can_be_made_again_in_a_fresh_process(entry_point, expected):
-    spec = gymnasium.envs.registration.EnvSpec("Maze-v0", entry_point)
-    assert adapter._importable_id(spec) == expected

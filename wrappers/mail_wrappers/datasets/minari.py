@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 
 from mail_agents.data.dataset import TrajectoryDataset
+from mail_agents.data.env_specs import spec_to_dict
 from mail_agents.data.episode import SUCCESS_KEYS, Episode
 from mail_agents.data.manifest import file_sha256
 from mail_agents.data.store import StoreDataset, StoreWriter, open_dataset
@@ -219,19 +220,10 @@ def _describe_environment(
     dataset: MinariDataset, metadata: Mapping[str, Any], writer: StoreWriter
 ) -> None:
     if dataset.env_spec is not None:
-        spec = json.loads(dataset.env_spec.to_json())
-        spec["id"] = _importable_id(dataset.env_spec)
-        writer.env_specs = dict.fromkeys(writer.tasks, spec)
+        writer.env_specs = dict.fromkeys(writer.tasks, spec_to_dict(dataset.env_spec))
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if low is not None and high is not None:
         writer.reference_scores = {task: {"min": low, "max": high} for task in writer.tasks}
-
-
-def _importable_id(spec: Any) -> str:
-    """Puts the package that registers an id in front; Minari stores ids that assume its import."""
-    package = str(spec.entry_point or "").partition(":")[0].partition(".")[0]
-    known = package in ("", "gymnasium", "__main__") or ":" in spec.id
-    return spec.id if known else f"{package}:{spec.id}"
 
 
 def _folder_sha256(folder: Path) -> str:
