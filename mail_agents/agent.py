@@ -93,6 +93,8 @@ class Agent(ABC):
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.updates = 0
+        #: Network calls while acting are topped up to a multiple of this many rows.
+        self.plan_rows = 1
         self._slots: Slots | None = None
         self._resets = 0
         self._pending: dict[str, Any] = {}
@@ -431,20 +433,31 @@ class Agent(ABC):
         with self.acting():
             for count in np.unique(length):
                 rows = np.flatnonzero(length == count)
-                batch = self._acting_batch(state, due[rows], int(count))
-                generators = [state.generators[slot] for slot in due[rows]]
-                chunk = self.acting_policy.sample(self.prepare(batch), generators, deterministic)
-                if chunk.shape != (len(rows), *chunks.shape[1:]):
-                    raise InvalidInputError(
-                        f"The policy of agent {self.agent_id!r} planned {tuple(chunk.shape)}, "
-                        f"expected (rows, horizon, actions) {(len(rows), *chunks.shape[1:])}."
-                    )
-                chunks[rows] = self.normalizers["action"].inverse(chunk).float().cpu().numpy()  # type: ignore[operator]
+                chunks[rows] = self._sample(state, due[rows], int(count), deterministic)
         if not np.isfinite(chunks).all():
             raise InvalidInputError(
                 f"Agent {self.agent_id!r} planned a NaN or infinite action; its weights are broken."
             )
         return chunks
+
+    def _sample(
+        self, state: Slots, slots: np.ndarray, count: int, deterministic: bool
+    ) -> np.ndarray:
+        """Plans for slots that show the policy ``count`` steps, ``(len(slots), J, *A)``."""
+        extra = -len(slots) % self.plan_rows
+        wide = np.concatenate([slots, np.repeat(slots[-1:], extra)])
+        generators = [state.generators[slot] for slot in slots]
+        generators += [torch.Generator() for _ in range(extra)]
+        batch = self.prepare(self._acting_batch(state, wide, count))
+        chunk = self.acting_policy.sample(batch, generators, deterministic)
+        expected = (len(wide), *state.queue.shape[1:])
+        if chunk.shape != expected:
+            raise InvalidInputError(
+                f"The policy of agent {self.agent_id!r} planned {tuple(chunk.shape)}, expected "
+                f"(rows, horizon, actions) {expected}."
+            )
+        units = cast(Normalizer, self.normalizers["action"]).inverse(chunk[: len(slots)])
+        return units.float().cpu().numpy()
 
     def _acting_batch(self, state: Slots, slots: np.ndarray, count: int) -> dict[str, Any]:
         batch: dict[str, Any] = {

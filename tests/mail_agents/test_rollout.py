@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toybox.world import ENV_ID, PointEnv, demonstrations
@@ -14,6 +15,7 @@ import mail_agents
 from mail_agents.agent import Agent
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import MemoryDataset
+from mail_agents.data.example import example_dataset
 from mail_agents.errors import FeatureMismatchError, InvalidInputError
 from mail_agents.features import Feature, FeatureSpec
 from mail_agents.policy import Policy
@@ -217,7 +219,7 @@ def test_the_target_return_is_given_to_every_episode(greedy, monkeypatch):
     sample = greedy.policy.sample
 
     def spy(batch, *rest):
-        seen.append(batch["rtg"][:, -1].tolist())
+        seen.append(batch["rtg"][:2, -1].tolist())  # further rows fill up
         return sample(batch, *rest)
 
     monkeypatch.setattr(greedy.policy, "sample", spy)
@@ -363,3 +365,38 @@ def test_saving_writes_episodes_and_summary(tmp_path, greedy):
     }
     summary = json.loads((tmp_path / "new" / "place" / "summary.json").read_text())
     assert summary == json.loads(json.dumps(evaluation.summary()))
+
+
+@pytest.mark.parametrize("agent_id", ["mail/ed-ma-bc", "mail/d-tr-ddpm"])
+def test_a_real_agent_plays_the_same_episodes_beside_any_number_of_others(agent_id: str) -> None:
+    features = FeatureSpec.from_spaces(
+        spaces.Box(-np.inf, np.inf, (3,), np.float64), spaces.Box(-1, 1, (2,), np.float32)
+    )
+    small = {"layers": 2} if agent_id.endswith("ddpm") else {"layers": 1}
+    agent = mail_agents.make(agent_id, features, device="cpu", decoder=small, history=1)
+    agent.fit_statistics(example_dataset(features, 20))
+    results = [
+        [(e.episode_return, e.length) for e in evaluate(agent, Drift, 7, n_envs=n).episodes]
+        for n in (1, 2, 3, 7)
+    ]
+    assert len({length for _, length in results[0]}) > 1, "episodes end together: nothing is tested"
+    assert results[0] == results[1] == results[2] == results[3]
+    assert agent.plan_rows == 1
+
+
+class Drift(gymnasium.Env):
+    """A point that actions push and that amplifies every rounding error; random length."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.uniform(-1, 1, 3)
+        self.left = int(self.np_random.integers(8, 30))
+        return self.state.copy(), {}
+
+    def step(self, action):
+        self.state = np.sin(3.0 * self.state + np.append(action, action.sum()).astype(np.float64))
+        self.left -= 1
+        return self.state.copy(), float(self.state.sum()), self.left == 0, False, {}
