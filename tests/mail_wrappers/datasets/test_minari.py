@@ -9,9 +9,10 @@ import pytest
 from gymnasium import spaces
 
 from mail_agents.data import Episode, MemoryDataset, StoreWriter, open_dataset, write_dataset
-from mail_agents.errors import InvalidInputError, UnknownNameError
+from mail_agents.errors import InvalidInputError, StorageError, UnknownNameError
 from mail_agents.features import Feature, FeatureSpec
 from mail_wrappers.datasets import minari as adapter
+from mail_wrappers.datasets import minari_export
 from mail_wrappers.datasets.minari import convert_minari, read_minari, write_minari
 
 minari = pytest.importorskip("minari")
@@ -124,7 +125,7 @@ def test_minari_to_store_to_minari_is_the_identity(tmp_path, action_space):
     assert again.env_spec == original.env_spec
     assert again.spec.total_steps == original.spec.total_steps
     ours, theirs = dict(again.storage.metadata), dict(original.storage.metadata)
-    changed = ("dataset_id", "dataset_size", adapter.EXTRAS)
+    changed = ("dataset_id", "dataset_size", minari_export.EXTRAS)
     assert {k: v for k, v in ours.items() if k not in changed} == {
         k: v for k, v in theirs.items() if k not in changed
     }
@@ -277,8 +278,8 @@ def test_an_interrupted_export_is_not_listed(monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter, "_write_episode", broken)
-        with pytest.raises(OSError, match="disk full"):
+        patch.setattr(minari_export, "_write_episode", broken)
+        with pytest.raises(StorageError, match=r"disk full.*MINARI_DATASETS_PATH"):
             write_minari(store, "mine/partial-v0")
     assert minari.list_local_datasets() == {}
     assert len(write_minari(store, "mine/partial-v0")) == 3
