@@ -1,5 +1,6 @@
 """Demonstration files in the layout of robomimic and LIBERO."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import mail_agents
+from mail_agents.data.store import StoreWriter
 from mail_agents.data.windows import WindowSpec
 from mail_agents.errors import CorruptFileError, InvalidInputError
 from mail_wrappers.datasets.robomimic import convert_demos, read_demos
@@ -149,7 +151,49 @@ def test_a_truncated_file_is_refused_and_leaves_no_store(tmp_path: Path) -> None
     assert not (tmp_path / "store").exists()
 
 
+def test_a_conversion_is_continued_with_the_same_content_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_file(tmp_path / "task_demo.hdf5", 3)
+    add = StoreWriter.add
+
+    def interrupted(self: StoreWriter, *arguments: Any) -> None:
+        if len(self):
+            raise KeyboardInterrupt
+        add(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert_demos(path, tmp_path / "store")
+    original = path.read_bytes()
+    write_file(path, 2)
+    with pytest.raises(InvalidInputError, match="unfinished conversion of something else"):
+        convert_demos(path, tmp_path / "store")
+    path.write_bytes(original)
+    dataset = convert_demos(path, tmp_path / "store")
+    assert len(dataset) == 3
+    assert dataset.info.source["files"] == [
+        {
+            "name": "task_demo.hdf5",
+            "bytes": len(original),
+            "sha256": hashlib.sha256(original).hexdigest(),
+        }
+    ]
+
+
+def test_an_existing_store_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "task_demo.hdf5", 3)
+    convert_demos(path, tmp_path / "store")
+    write_file(path, 1)
+    with pytest.raises(InvalidInputError, match="--overwrite"):
+        convert_demos(path, tmp_path / "store")
+    assert len(convert_demos(path, tmp_path / "store", overwrite=True)) == 1
+
+
 def test_an_empty_folder_and_too_many_demos(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="nowhere does not exist"):
+        convert_demos(tmp_path / "nowhere", tmp_path / "store")
     with pytest.raises(InvalidInputError, match=r"holds no \.hdf5 files"):
         list(read_demos(tmp_path))
     write_file(tmp_path / "task_demo.hdf5")

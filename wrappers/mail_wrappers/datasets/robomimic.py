@@ -13,6 +13,7 @@ import numpy as np
 
 from mail_agents.data.dataset import select_demos
 from mail_agents.data.episode import Episode
+from mail_agents.data.manifest import file_sha256
 from mail_agents.data.store import StoreDataset, write_dataset
 from mail_agents.errors import CorruptFileError, InvalidInputError
 
@@ -45,21 +46,51 @@ def read_demos(
         CorruptFileError: A file is truncated, of another kind, lacks a key, or its arrays disagree.
         InvalidInputError: There are no files, or fewer demonstrations than asked for.
     """
-    path = Path(source)
-    files = sorted([*path.glob("*.hdf5"), *path.glob("*.h5")]) if path.is_dir() else [path]
-    if not files:
-        raise InvalidInputError(f"{path} holds no .hdf5 files.")
-    for file in files:
+    for file in _demo_files(source):
         yield from _read_file(file, demos, selection)
 
 
-def convert_demos(source: str | Path, output: str | Path) -> StoreDataset:
-    """Converts a file or folder of demonstrations into a store; see :func:`read_demos`."""
-    return write_dataset(output, read_demos(source), name=Path(source).stem, source=_kind(source))
+def _demo_files(source: str | Path) -> list[Path]:
+    path = Path(source)
+    if not path.exists():
+        raise InvalidInputError(f"{path} does not exist. Give an HDF5 file or a folder of them.")
+    files = sorted([*path.glob("*.hdf5"), *path.glob("*.h5")]) if path.is_dir() else [path]
+    if not files:
+        raise InvalidInputError(f"{path} holds no .hdf5 files.")
+    return files
 
 
-def _kind(source: str | Path) -> dict[str, Any]:
-    return {"kind": "robomimic-hdf5", "id": Path(source).name}
+def convert_demos(
+    source: str | Path, output: str | Path, *, overwrite: bool = False
+) -> StoreDataset:
+    """Converts a file or folder of demonstrations into a store; see :func:`read_demos`.
+
+    Run it again to continue after an interruption; that needs the same files with the same content.
+
+    Args:
+        source: One HDF5 file, or a folder of them.
+        output: Folder of the store.
+        overwrite: Whether to replace an existing store.
+
+    Raises:
+        CorruptFileError: See :func:`read_demos`.
+        InvalidInputError: There are no files, or the output exists.
+    """
+    return write_dataset(
+        output,
+        read_demos(source),
+        name=Path(source).stem,
+        source=_identity(source),
+        overwrite=overwrite,
+    )
+
+
+def _identity(source: str | Path) -> dict[str, Any]:
+    files = [
+        {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in _demo_files(source)
+    ]
+    return {"kind": "robomimic-hdf5", "id": Path(source).name, "files": files}
 
 
 def _read_file(
@@ -70,8 +101,8 @@ def _read_file(
         file = h5py.File(path, "r")
     except OSError as error:
         raise CorruptFileError(
-            f"{path} is not a complete HDF5 file ({error}). It does not exist, was cut short while "
-            "downloading, or is of another kind."
+            f"{path} is not a complete HDF5 file ({error}). It was cut short while downloading, or "
+            "is of another kind."
         ) from error
     with file:
         data = _child(path, file, "data")
