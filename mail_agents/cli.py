@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mail_agents.data.store import StoreDataset
 
 #: Entry-point group of converters, each ``"module:function"``. ``minari`` reads that format and is
-#: called with (source, folder of the new store), ``to-minari`` writes it: (dataset, output).
+#: called with (source, folder of the new store) and, when the user says so, ``overwrite=True``;
+#: ``to-minari`` writes it: (dataset, output).
 CONVERTERS = "mail_agents.converters"
 
 
@@ -93,6 +94,8 @@ class Convert:
     """'FORMAT:NAME-OR-PATH', or the folder of a store."""
     output: Positional[str] = ""
     """Folder of the new store, or 'FORMAT:NAME-OR-PATH'."""
+    overwrite: bool = False
+    """Replace an existing store once the new one is complete."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +312,11 @@ def _convert(command: Convert) -> int:
             "Name the other format on exactly one side, as in 'mail-agents data convert "
             f"FORMAT:{command.source} {command.output}'. Formats: {', '.join(sorted(points))}."
         )
+    if writes and command.overwrite:
+        raise InvalidInputError(
+            f"--overwrite replaces stores only. Choose another name than {command.output!r}, or "
+            "delete what is there first."
+        )
     name = reads or f"to-{writes}"
     if name not in points:
         hint = "" if points else "Install the project so that its converters are found: make setup"
@@ -325,7 +333,7 @@ def _convert(command: Convert) -> int:
 
         convert(open_dataset(source), output)
     else:
-        convert(source, output)
+        convert(source, output, **({"overwrite": True} if command.overwrite else {}))
     print(f"wrote {command.output}")
     return 0
 

@@ -173,7 +173,9 @@ class Converter:
 def converters(monkeypatch):
     calls = []
     points = [
-        Converter("tape", lambda source, output: calls.append(("read", source, output))),
+        Converter(
+            "tape", lambda *arguments, **options: calls.append(("read", *arguments, options))
+        ),
         Converter("to-tape", lambda data, output: calls.append(("write", len(data), output))),
         Converter("broken", ImportError("no tape drive")),
     ]
@@ -184,7 +186,12 @@ def converters(monkeypatch):
 def test_convert_reads_and_writes_by_format(store, converters, capsys):
     assert cli.main(["data", "convert", "tape:reel/7", "out"]) == 0
     assert cli.main(["data", "convert", str(store), "tape:mine/reel-v0"]) == 0
-    assert converters == [("read", "reel/7", "out"), ("write", 3, "mine/reel-v0")]
+    assert cli.main(["data", "convert", "tape:reel/7", "out", "--overwrite"]) == 0
+    assert converters == [
+        ("read", "reel/7", "out", {}),
+        ("write", 3, "mine/reel-v0"),
+        ("read", "reel/7", "out", {"overwrite": True}),
+    ]
     assert "wrote tape:mine/reel-v0" in capsys.readouterr().out
     assert cli.main(["data", "convert"]) == 0
     assert "to-tape" in capsys.readouterr().out
@@ -197,6 +204,7 @@ def test_convert_reads_and_writes_by_format(store, converters, capsys):
         (["a", "b"], "exactly one side"),
         (["tape:a", "tape:b"], "exactly one side"),
         (["tap:a", "b"], "Did you mean 'tape'?"),
+        (["a", "tape:b", "--overwrite"], "--overwrite replaces stores only"),
         (["broken:a", "b"], "no tape drive"),
         (["C:\\data", "D:\\out"], "exactly one side"),
     ],
