@@ -206,9 +206,8 @@ def collect_episodes(
                 raise ExpertFailedError(
                     f"The expert of {env_id} solved {kept} of {tried} attempts "
                     f"({kept / tried:.0%}) with noise_std={noise_std}; {n_episodes} successes were "
-                    "wanted. "
-                    "Lower the noise, ask for fewer episodes, or keep failures with "
-                    "only_successful=False."
+                    "wanted. Lower the noise (noise_std, --noise-std), or choose another task. In "
+                    "Python, collect_episodes(..., only_successful=False) keeps failures, too."
                 )
             episode = pending.popleft().result()
             tried += 1
