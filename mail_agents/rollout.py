@@ -31,6 +31,9 @@ MakeEnv = Callable[[], gymnasium.Env]
 # calls of a multiple of four rows make an episode the same, bit for bit, whatever runs beside it.
 _PLAN_ROWS = 4
 
+# Frames of a recording wait in memory, and more than this many a second show nothing new.
+_VIDEO_FPS = 40.0
+
 
 @dataclass(frozen=True)
 class EpisodeResult:
@@ -154,6 +157,10 @@ class _Slot:
         )
 
 
+def _render_fps(env: gymnasium.Env) -> float:
+    return float(env.metadata.get("render_fps") or 30.0)
+
+
 class _Evaluator:
     """Runs a fixed set of episode indices over N environments."""
 
@@ -177,6 +184,7 @@ class _Evaluator:
         self.record = record
         self.target_return = target_return
         self.on_episode = on_episode
+        self.frame_stride = max(1, round(_render_fps(slots[0].env) / _VIDEO_FPS))
         self.frames: dict[int, list[np.ndarray]] = {}
         self.results: list[EpisodeResult] = []
 
@@ -248,7 +256,7 @@ class _Evaluator:
         return ended
 
     def _capture(self, slot: _Slot) -> None:
-        if slot.index in self.record:
+        if slot.index in self.record and slot.length % self.frame_stride == 0:
             self.frames.setdefault(slot.index, []).append(np.asarray(slot.env.render()))
 
 
@@ -323,7 +331,7 @@ def evaluate(
             on_episode=on_episode,
         )
         results = evaluator.run(indices)
-        fps = float(first.metadata.get("render_fps") or 30.0)
+        fps = _render_fps(first) / evaluator.frame_stride
         spec = first.spec
     finally:
         agent.plan_rows = plan_rows

@@ -243,6 +243,14 @@ def test_recording_keeps_the_chosen_episodes_only(greedy):
     assert facts(plain) == facts(evaluation)
 
 
+def test_recordings_of_fast_environments_skip_frames(greedy, monkeypatch):
+    monkeypatch.setitem(PointEnv.metadata, "render_fps", 120)
+    make = point(render_mode="rgb_array", terminate=True)
+    evaluation = evaluate(greedy, make, 1, seed=0, record=[0])
+    assert evaluation.fps == 40
+    assert len(evaluation.frames[0]) == evaluation.episodes[0].length // 3 + 1
+
+
 def test_recording_without_a_camera_is_refused(greedy):
     with pytest.raises(InvalidInputError, match="render_mode='rgb_array'"):
         evaluate(greedy, Coin, 1, record=[0])
