@@ -6,9 +6,10 @@ feature, ``episodes.npz`` (lengths, offsets, task ids, seeds), ``episodes.jsonl`
 meta of each episode) and ``stats.json``. Nothing in it is ever unpickled.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mail_agents.data.manifest import (
 )
 from mail_agents.data.stats import FeatureStats
 from mail_agents.data.writer import StoreWriter
-from mail_agents.errors import CorruptFileError
+from mail_agents.errors import CorruptFileError, MailAgentsError
 from mail_agents.features import FeatureSpec
 
 __all__ = [
@@ -79,20 +80,42 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = False) -> Store
     """
     folder = Path(os.path.abspath(path))
     manifest = load_manifest(folder)
-    files: dict[str, dict[str, Any]] = manifest["files"]
-    for name, expected in files.items():
-        check_file(folder, name, expected)
-    for name in (TABLES, LINES, STATS):
-        if name not in files:
-            raise CorruptFileError(f"{folder / MANIFEST}: key 'files' lacks {name!r}. {RECONVERT}")
-        check_sha256(folder, name, files[name])
-    with np.load(folder / TABLES, allow_pickle=False) as arrays:
+    with _naming_missing_keys(folder / MANIFEST):
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        for name, expected in files.items():
+            check_file(folder, name, expected)
+        for name in (TABLES, LINES, STATS):
+            check_sha256(folder, name, files[name])
+        columns = _open_columns(folder, files)
+        features = FeatureSpec.from_dict(manifest["features"])
+        info = _info(manifest)
+    with (
+        _naming_missing_keys(folder / TABLES),
+        np.load(folder / TABLES, allow_pickle=False) as arrays,
+    ):
         table = EpisodeTable.from_storage(dict(arrays), (folder / LINES).read_bytes())
-    columns = _open_columns(folder, files)
-    _check_rows(folder, table, columns)
-    features = FeatureSpec.from_dict(manifest["features"])
-    stats = json.loads((folder / STATS).read_text(encoding="utf-8"))
-    info = DatasetInfo(
+        _check_rows(folder, table, columns)
+    with _naming_missing_keys(folder / STATS):
+        stats = json.loads((folder / STATS).read_text(encoding="utf-8"))
+        known = {key: FeatureStats.from_dict(item) for key, item in stats.items()}
+    dataset = StoreDataset(folder, info, features, columns, table, known)
+    if verify:
+        _verify(folder, files, dataset)
+    return dataset
+
+
+@contextlib.contextmanager
+def _naming_missing_keys(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except MailAgentsError:
+        raise
+    except KeyError as error:
+        raise CorruptFileError(f"{file}: key {error.args[0]!r} is missing. {RECONVERT}") from error
+
+
+def _info(manifest: Mapping[str, Any]) -> DatasetInfo:
+    return DatasetInfo(
         name=manifest["name"],
         tasks=tuple(manifest["tasks"]),
         n_episodes=manifest["n_episodes"],
@@ -102,11 +125,6 @@ def open_dataset(path: str | os.PathLike[str], *, verify: bool = False) -> Store
         reference_scores=manifest["reference_scores"],
         sha256=manifest["sha256"],
     )
-    known = {key: FeatureStats.from_dict(item) for key, item in stats.items()}
-    dataset = StoreDataset(folder, info, features, columns, table, known)
-    if verify:
-        _verify(folder, files, dataset)
-    return dataset
 
 
 def _open_columns(folder: Path, files: Mapping[str, dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -398,6 +398,29 @@ def test_an_altered_manifest_is_refused(damaged):
         open_dataset(damaged)
 
 
+KEYS = [
+    *("name", "tasks", "n_episodes", "n_steps", "features", "env_specs", "source"),
+    *("reference_scores", "sha256", "files"),
+    *("files/episodes.npz", "files/stats.json/sha256", "files/stats.json/bytes"),
+    *("files/action/dtype", "files/action/shape", "features/observations", "features/action/dtype"),
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_manifest_without_a_key_is_refused(damaged, key):
+    manifest = json.loads((damaged / MANIFEST).read_text(encoding="utf-8"))
+    action = column_file(damaged, "action").name
+    *parents, last = [
+        action if key.startswith("files/") and p == "action" else p for p in key.split("/")
+    ]
+    owner = manifest
+    for parent in parents:
+        owner = owner[parent]
+    del owner[last]
+    (damaged / MANIFEST).write_bytes(dump_manifest(manifest))
+    refuses(damaged, MANIFEST, f"key {last!r} is missing")
+
+
 def test_file_names_cannot_leave_the_store(damaged):
     manifest = json.loads((damaged / MANIFEST).read_text())
     manifest["files"]["../outside.npy"] = {"bytes": 1, "sha256": ""}
