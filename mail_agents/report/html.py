@@ -11,6 +11,7 @@ from typing import Any
 from mail_agents.report import charts, summary, tables
 from mail_agents.report.results import RunResult, Video, agents_of, task_names
 from mail_agents.report.tables import Rows
+from mail_agents.storage import write_atomic
 
 # A page much larger than this opens slowly and cannot be mailed.
 _VIDEO_BUDGET = 60 * 2**20
@@ -43,6 +44,7 @@ def write_report(
 
     Raises:
         InvalidInputError: There are no runs, or one has no evaluation ``"last"``.
+        StorageError: The page cannot be written; what was there stays.
     """
     head, _, rest = summary.headline(results).partition(". ")
     body = [
@@ -72,8 +74,7 @@ def write_report(
         "</footer></main></body></html>\n"
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomic(path, page.encode())
     return path
 
 

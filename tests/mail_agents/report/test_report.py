@@ -186,7 +186,7 @@ def test_page_is_self_contained_and_well_formed(results, tmp_path):
         commands=["make demo"],
         notes=["Smaller than the paper's."],
     )
-    html = path.read_text()
+    html = path.read_text(encoding="utf-8")
     page = Page(html)
     assert page.open == []
     text = "".join(page.text)
