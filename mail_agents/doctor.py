@@ -214,7 +214,7 @@ def _plugins() -> dict[str, Any]:
     from mail_agents import registry
 
     ids = registry.list_agents()
-    return {"agents": len(ids), "problems": dict(registry._registry.plugin_errors)}
+    return {"agents": len(ids), "problems": registry.plugin_problems()}
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:

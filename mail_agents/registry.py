@@ -246,6 +246,12 @@ def list_agents(
     ]
 
 
+def plugin_problems() -> dict[str, str]:
+    """Why each installed plugin that could not be loaded failed, by its entry point's name."""
+    _registry.discover()
+    return dict(_registry.plugin_errors)
+
+
 def pprint_registry(pattern: str = "*") -> str:
     """Returns a readable listing, grouped by namespace."""
     groups: dict[str, list[str]] = {}

@@ -200,6 +200,9 @@ def test_a_broken_plugin_is_named_while_the_others_work(fresh, install):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # reported once, not at every listing
         mail_agents.list_agents()
+        problems = registry.plugin_problems()
+    assert problems["bad"] == "RuntimeError: no licence"
+    assert set(problems) == set(fresh.plugin_errors)
     with pytest.raises(UnknownNameError, match="no licence"):
         mail_agents.spec("bad/one")
 
