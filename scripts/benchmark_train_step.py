@@ -162,7 +162,7 @@ def main(args: Args) -> dict:
     )
     figures = {"args": asdict(args), "seconds": times, "max_output_difference": error}
     if args.output is not None:
-        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n")
+        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return figures
 
 

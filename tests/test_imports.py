@@ -62,7 +62,7 @@ def forbidden(package: str, source: str, path: Path) -> list[str]:
 
 @pytest.mark.parametrize(("package", "path"), FILES)
 def test_import_directions(package, path):
-    assert forbidden(package, path.read_text(), path) == []
+    assert forbidden(package, path.read_text(encoding="utf-8"), path) == []
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def unsafe_calls(source: str) -> list[str]:
 
 @pytest.mark.parametrize(("package", "path"), FILES)
 def test_nothing_we_read_can_execute_code(package, path):
-    assert unsafe_calls(path.read_text()) == []
+    assert unsafe_calls(path.read_text(encoding="utf-8")) == []
 
 
 def test_the_safety_test_can_fail():

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORT_ROOTS = {"mail_agents", "mail_envs", "mail_wrappers", "mail_baselines"}
 
 
@@ -137,7 +137,7 @@ def requirements() -> list[Requirement]:
 
 
 def test_the_tested_pins_satisfy_the_declared_ranges():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     for requirement in requirements():
         if requirement.name in pins:

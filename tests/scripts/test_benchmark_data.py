@@ -18,7 +18,7 @@ def test_it_measures_and_judges(script, tmp_path, capsys, monkeypatch):
     small = {"episodes": 2, "steps": 12, "image_size": 16, "history": 3, "rounds": 1}
     status = script.main(script.Args(**small, seconds=0.05, bar=0.0, output=output))
     assert status == 0
-    result = json.loads(output.read_text())
+    result = json.loads(output.read_text(encoding="utf-8"))
     assert result["ratio"] > 0
     assert set(result["medians"]) == {
         "minari, hdf5",

@@ -23,7 +23,7 @@ def test_it_times_three_models(script, tmp_path, capsys):
     assert figures["max_output_difference"] < 1e-5
     assert len(figures["seconds"]) == 3
     assert all(len(times) == 1 for times in figures["seconds"].values())
-    assert json.loads(output.read_text())["args"]["batch_size"] == 2
+    assert json.loads(output.read_text(encoding="utf-8"))["args"]["batch_size"] == 2
     assert "times ours" in capsys.readouterr().out
 
 

@@ -255,7 +255,7 @@ def test_overwriting_spares_what_is_not_a_store(tmp_path, make_episode):
     (other / "thesis.tex").write_text("x")
     with pytest.raises(InvalidInputError, match="not a trajectory store"):
         write_dataset(other, [make_episode(0, 3)], overwrite=True)
-    assert (other / "thesis.tex").read_text() == "x"
+    assert (other / "thesis.tex").read_text(encoding="utf-8") == "x"
 
 
 def test_two_writers_do_not_mix(tmp_path, make_episode):
@@ -314,7 +314,7 @@ def test_features_of_no_values_are_kept(tmp_path, make_episode, same_episode):
 
 def test_manifest_is_readable_json(tmp_path, make_episode):
     write_dataset(tmp_path / "s", [make_episode(0, 3)])
-    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["schema"] == 1
     assert {"python", "numpy", "gymnasium", "mail-agents"} <= set(manifest["versions"])
     for name, item in manifest["files"].items():

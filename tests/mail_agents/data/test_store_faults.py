@@ -57,7 +57,7 @@ def convert(make_episode, tmp_path):
                 os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 1:
-            message = log.read_text()
+            message = log.read_text(encoding="utf-8")
             log.unlink()
             assert "File too large" in message, message
             assert "run the same command again" in message, message
@@ -276,7 +276,7 @@ def damaged(tmp_path, healthy) -> Path:
 
 
 def column_file(path: Path, column: str) -> Path:
-    table = json.loads((path / MANIFEST).read_text())["files"]
+    table = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
     return path / next(name for name, item in table.items() if item.get("column") == column)
 
 
@@ -363,7 +363,7 @@ def test_nan_is_found_by_verification(damaged):
     array = np.load(file)
     array[3, 1] = np.nan
     np.save(file, array)
-    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest = json.loads((damaged / MANIFEST).read_text(encoding="utf-8"))
     manifest["files"][file.name]["sha256"] = files_sha256(file)
     (damaged / MANIFEST).write_bytes(dump_manifest(manifest))
     refuses(damaged, "'obs/state'", "NaN", verify=True)
@@ -382,13 +382,13 @@ def test_missing_files_are_refused(damaged):
 
 
 def test_another_schema_version_is_refused(damaged):
-    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest = json.loads((damaged / MANIFEST).read_text(encoding="utf-8"))
     (damaged / MANIFEST).write_bytes(dump_manifest({**manifest, "schema": 2}))
     refuses(damaged, MANIFEST, "'schema' is 2", "reads 1")
 
 
 def test_an_altered_manifest_is_refused(damaged):
-    text = (damaged / MANIFEST).read_text()
+    text = (damaged / MANIFEST).read_text(encoding="utf-8")
     (damaged / MANIFEST).write_text(text.replace('"n_steps": 15', '"n_steps": 16'))
     refuses(damaged, MANIFEST, "altered")
     (damaged / MANIFEST).write_text(text[: len(text) // 2])
@@ -422,7 +422,7 @@ def test_a_manifest_without_a_key_is_refused(damaged, key):
 
 
 def test_file_names_cannot_leave_the_store(damaged):
-    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest = json.loads((damaged / MANIFEST).read_text(encoding="utf-8"))
     manifest["files"]["../outside.npy"] = {"bytes": 1, "sha256": ""}
     (damaged / MANIFEST).write_bytes(dump_manifest(manifest))
     refuses(damaged, "leaves the store")
@@ -430,9 +430,9 @@ def test_file_names_cannot_leave_the_store(damaged):
 
 def test_tables_that_do_not_fit_the_arrays_are_refused(damaged, make_episode):
     other = write_dataset(damaged.parent / "o", [make_episode(i, 6) for i in range(3)]).path
-    manifest = json.loads((damaged / MANIFEST).read_text())
+    manifest = json.loads((damaged / MANIFEST).read_text(encoding="utf-8"))
     shutil.copy(other / "episodes.npz", damaged / "episodes.npz")
-    foreign = json.loads((other / MANIFEST).read_text())["files"]["episodes.npz"]
+    foreign = json.loads((other / MANIFEST).read_text(encoding="utf-8"))["files"]["episodes.npz"]
     manifest["files"]["episodes.npz"] = foreign
     (damaged / MANIFEST).write_bytes(dump_manifest(manifest))
     refuses(damaged, "episodes.npz", "rows of")

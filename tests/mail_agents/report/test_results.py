@@ -50,7 +50,7 @@ def test_missing_file_and_unknown_field(results, tmp_path):
     with pytest.raises(CorruptFileError, match="Cannot read"):
         load_results(tmp_path / "none.json")
     path = save_results(tmp_path / "results.json", results)
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     document["results"][0]["colour"] = "red"
     path.write_text(json.dumps(document))
     with pytest.raises(CorruptFileError, match="colour"):
