@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from mail_agents.errors import InvalidInputError
+from mail_agents.errors import InvalidInputError, StorageError
 from mail_agents.report import (
     RunResult,
     TaskResult,
@@ -204,12 +204,28 @@ def test_page_is_self_contained_and_well_formed(results, tmp_path):
 
 
 def test_page_is_the_same_twice(results, tmp_path):
-    first = write_report(results, tmp_path / "a.html").read_text()
-    assert first == write_report(results, tmp_path / "b.html").read_text()
+    first = write_report(results, tmp_path / "a.html").read_text(encoding="utf-8")
+    assert first == write_report(results, tmp_path / "b.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(results, tmp_path, monkeypatch):
+    page = write_report(results, tmp_path / "out" / "r.html")
+    before = page.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError, match=r"r\.html.*No space left"):
+        write_report(results[:1], page)
+    assert page.read_bytes() == before
+    assert [p.name for p in page.parent.iterdir()] == ["r.html"]
 
 
 def test_page_of_returns(tmp_path):
-    text = write_report([returns_only(-3), returns_only(2)], tmp_path / "r.html").read_text()
+    text = write_report([returns_only(-3), returns_only(2)], tmp_path / "r.html").read_text(
+        encoding="utf-8"
+    )
     assert "Return on unseen starts" in text
     assert "Head to head" not in text
 
