@@ -83,16 +83,16 @@ def run_page(page: Path, blocks: list[Block]) -> None:
     [
         pytest.param(page, id=str(page.relative_to(ROOT)))
         for page in PAGES
-        if runnable(page.read_text())
+        if runnable(page.read_text(encoding="utf-8"))
     ],
 )
 def test_code_blocks_run(page, place):
-    run_page(page, runnable(page.read_text()))
+    run_page(page, runnable(page.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES])
 def test_markers_stand_before_a_block(page):
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     skipped = [block for block in blocks_of(text) if block.skipped]
     assert len(skipped) == text.count("<!-- not run"), "a marker without a block"
     assert all(block.language in ("python", "bash") for block in skipped)
@@ -117,13 +117,19 @@ def test_blocks_are_found_and_can_fail(place):
 
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES])
+def test_no_placeholder_is_left(page):
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"^[A-Z]+_[A-Z_]+$", text, re.MULTILINE) == []
 
 
 def test_every_command_names_a_script_that_exists():
     for page in PAGES:
-        for script in re.findall(r"scripts/(\w+\.py)", page.read_text()):
+        for script in re.findall(r"scripts/(\w+\.py)", page.read_text(encoding="utf-8")):
             assert (ROOT / "scripts" / script).exists(), f"{page.relative_to(ROOT)}: {script}"
 
 
@@ -142,5 +148,5 @@ def test_site_builds(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "site" / "api" / "report" / "index.html").read_text()
+    page = (tmp_path / "site" / "api" / "report" / "index.html").read_text(encoding="utf-8")
     assert "wilson_interval" in page
