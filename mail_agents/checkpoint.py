@@ -183,7 +183,7 @@ def last_checkpoint(run: str | Path) -> Path:
     pointer = root / "last"
     if not has_checkpoint(run):
         raise CorruptFileError(f"{run} holds no complete checkpoint ({pointer} is missing).")
-    found = root / pointer.read_text().strip()
+    found = root / pointer.read_text("utf-8").strip()
     if not (found / STATE_NAME).exists():
         present = sorted(path.name for path in root.glob("step-*"))
         raise CorruptFileError(

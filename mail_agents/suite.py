@@ -181,7 +181,7 @@ def completed_evaluations(run: str | Path, tasks: Sequence[str]) -> dict[int, li
     for directory in sorted((Path(run) / "eval").glob("step-*")):
         files = [directory / task.replace("/", "-") / "episodes.jsonl" for task in tasks]
         if all(file.exists() for file in files):
-            lines = [line for file in files for line in file.read_text().splitlines()]
+            lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
             step = int(directory.name.removeprefix("step-"))
             found[step] = group_by_task(json.loads(line) for line in lines)
     return found

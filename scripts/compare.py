@@ -150,7 +150,7 @@ def plan(args: Args) -> list[Cell]:
 def check_reusable(cell: Cell) -> None:
     """Refuses to mix cells of two different comparisons in one directory."""
     path = cell.beside(".json")
-    if path.exists() and json.loads(path.read_text()) != list(cell.command):
+    if path.exists() and json.loads(path.read_text("utf-8")) != list(cell.command):
         raise InvalidInputError(
             f"{cell.directory} was trained with other settings ({path}). Choose another --output, "
             "or delete that directory."
@@ -173,7 +173,7 @@ def run_cell(cell: Cell, threads: int) -> RunResult:
         )
     result = cell.result()
     if code != 0 or result is None:
-        tail = "\n".join(log.read_text().splitlines()[-8:])
+        tail = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-8:])
         raise MailAgentsError(
             f"{cell.name} failed with exit status {code}; {log} ends with:\n{tail}"
         )

@@ -202,7 +202,7 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Reads a run's metrics; a half-written last line (a killed run) is left out."""
     path = Path(run) / METRICS
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
