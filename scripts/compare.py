@@ -205,6 +205,8 @@ def refresh(bars: Progress | None, cells: list[Cell]) -> None:
 def run_all(args: Args, cells: list[Cell]) -> list[RunResult]:
     """Runs the cells in a pool; every failure is reported, after the others have finished."""
     threads = max(1, (os.cpu_count() or 1) // args.workers)
+    done = {cell for cell in cells if cell.result() is not None}
+    console.print(f"{len(cells)} runs, {len(done)} already done, {args.workers} at a time")
     failures = []
     with ThreadPoolExecutor(args.workers) as pool, progress(cells, args.steps) as bars:
         futures = {pool.submit(run_cell, cell, threads): cell for cell in cells}
@@ -216,7 +218,8 @@ def run_all(args: Args, cells: list[Cell]) -> list[RunResult]:
                 failures.append(str(error))
                 console.print(f"FAILED   {cell.name}")
                 continue
-            console.print(f"finished {cell.name}  ({result.train_seconds:.0f} s of training)")
+            word = "reused  " if cell in done else "finished"
+            console.print(f"{word} {cell.name}  ({result.train_seconds:.0f} s of training)")
     if failures:
         raise MailAgentsError("\n".join(failures))
     return [result for cell in cells if (result := cell.result()) is not None]
@@ -242,8 +245,6 @@ def main(args: Args) -> None:
     (output / "runs").mkdir(parents=True, exist_ok=True)
     for cell in cells:
         check_reusable(cell)
-    reused = sum(cell.result() is not None for cell in cells)
-    console.print(f"{len(cells)} runs, {reused} already done, {args.workers} at a time")
     results = run_all(args, cells)
 
     save_results(output / "results.json", results)

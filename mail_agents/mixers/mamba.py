@@ -139,6 +139,7 @@ class Mamba(nn.Module):
         if self.in_proj.bias is not None:
             u = zero_masked(u, mask)
         history: Any
+        ssm: Any
         history, ssm = state if state is not None else (None, None)
         u = causal_conv1d(
             u,

@@ -128,7 +128,7 @@ class SelectiveScan(torch.autograd.Function):
             dy = _gate_backward(grads, inputs, rows, gated[rows], None if y is None else y[rows])
             carry = None if dlast is None else dlast[rows].transpose(1, 2)
             carry = _backward_rows(work, grads, part, rows, dy, kept[:, rows], carry)
-            if grads.h0 is not None:
+            if grads.h0 is not None and carry is not None:
                 grads.h0[rows] = carry
             _input_backward(grads, inputs, rows, dt[rows], dy)
         dh0 = None if grads.h0 is None else grads.h0.transpose(1, 2)

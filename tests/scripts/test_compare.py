@@ -159,7 +159,7 @@ def test_reuse_resume_refusal_and_failure(scripts, tmp_path, point_dataset):
     assert code == 1
     assert "3 runs, 2 already done" in text
     assert "FAILED   mail/d-tr-bc point s0" in text
-    assert "finished mean-action" in text
+    assert "reused   mean-action" in text
     assert "Traceback" not in text
     log = re.search(r"(\S+\.log) ends with:", text)
     assert log is not None
