@@ -153,9 +153,10 @@ def _child(path: Path, group: h5py.Group, name: str) -> h5py.Group:
 
 def _missing(path: Path, group: h5py.Group, name: str, kind: str) -> str:
     present = ", ".join(sorted(group)) or "nothing"
+    full = f"{str(group.name).rstrip('/')}/{name}"
     return (
-        f"{path}: {kind} {str(group.name).rstrip('/')}/{name} is missing (present: {present}). Expected "
-        "robomimic's layout: data/demo_<i>/actions and data/demo_<i>/obs/<key>."
+        f"{path}: {kind} {full} is missing (present: {present}). Expected robomimic's layout: "
+        "data/demo_<i>/actions and data/demo_<i>/obs/<key>."
     )
 
 
