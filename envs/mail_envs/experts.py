@@ -238,16 +238,33 @@ def worker_pool(workers: int) -> Iterator[Executor | None]:
         return
     # Spawned, because an OpenGL context does not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_watch_parent)
+    with _ignoring_interrupts():
+        for _ in range(workers):
+            pool.submit(os.getpid)  # while none is idle, every task starts a process
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _prepare_worker() -> None:
-    # Ctrl-C reaches the whole process group; only the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C, from their first instruction on.
+
+    Ctrl-C reaches the whole process group, and only the parent decides what it means.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set signal handlers
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _watch_parent() -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
