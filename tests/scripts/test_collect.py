@@ -121,6 +121,8 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A test run in the background of a shell ignores Ctrl-C, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     journal = tmp_path / ".big.partial" / "journal.jsonl"
     deadline = time.monotonic() + 60
