@@ -363,9 +363,20 @@ def _maker(env: str | MakeEnv, kwargs: Mapping[str, Any], max_steps: int | None)
                 "the environment must set them itself."
             )
         return env
+    return env_maker(env, kwargs, max_steps)
+
+
+def env_maker(env_id: str, kwargs: Mapping[str, Any], max_steps: int | None = None) -> MakeEnv:
+    """Returns a function that makes an environment.
+
+    Args:
+        env_id: Gymnasium id; ``"module:id"`` imports a module first.
+        kwargs: Passed to ``gymnasium.make``.
+        max_steps: Step limit, or None for the environment's own.
+    """
     limit = {} if max_steps is None else {"max_episode_steps": max_steps}
 
     def make_env() -> gymnasium.Env:
-        return gymnasium.make(env, **limit, **kwargs)
+        return gymnasium.make(env_id, **limit, **kwargs)
 
     return make_env

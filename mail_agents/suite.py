@@ -11,7 +11,7 @@ import gymnasium
 
 from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import TaskResult, Video, group_by_task
-from mail_agents.rollout import Evaluation, MakeEnv, evaluate
+from mail_agents.rollout import Evaluation, MakeEnv, env_maker, evaluate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,12 +69,7 @@ class World:
 
     def maker(self, **extra: Any) -> MakeEnv:
         """Returns a function that makes the environment, with further keyword arguments."""
-        limit = {} if self.max_steps is None else {"max_episode_steps": self.max_steps}
-
-        def make_env() -> gymnasium.Env:
-            return gymnasium.make(self.env_id, **limit, **{**self.kwargs, **extra})
-
-        return make_env
+        return env_maker(self.env_id, {**self.kwargs, **extra}, self.max_steps)
 
 
 def worlds_of(env_specs: Mapping[str, Mapping[str, Any]]) -> list[World]:
