@@ -18,3 +18,11 @@ def register_agents() -> None:
             config_entry_point="mail_baselines.reference:ReferenceConfig",
             tags=("baseline", "reference"),
         )
+    for algorithm in ("sac", "ppo", "td3"):
+        register(
+            f"sb3/{algorithm}",
+            entry_point="mail_baselines.sb3:SB3Agent",
+            config_entry_point="mail_baselines.sb3:SB3Config",
+            tags=("baseline", "expert"),
+            kwargs={"algorithm": algorithm, "activation": "tanh" if algorithm == "ppo" else "relu"},
+        )
