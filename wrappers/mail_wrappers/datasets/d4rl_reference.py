@@ -26,7 +26,9 @@ _DATASETS = {
 
 @cache
 def _table() -> dict[str, dict[str, float]]:
-    text = resources.files("mail_wrappers.datasets").joinpath("d4rl_reference.json").read_text("utf-8")
+    text = (
+        resources.files("mail_wrappers.datasets").joinpath("d4rl_reference.json").read_text("utf-8")
+    )
     return json.loads(text)
 
 
