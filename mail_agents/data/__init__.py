@@ -2,6 +2,7 @@
 
 from mail_agents.data.dataset import DatasetInfo, MemoryDataset, TrajectoryDataset, select_demos
 from mail_agents.data.episode import Episode
+from mail_agents.data.segments import SegmentSpec, SegmentView
 from mail_agents.data.stats import FeatureStats
 from mail_agents.data.store import (
     StoreDataset,
@@ -10,7 +11,8 @@ from mail_agents.data.store import (
     verify_dataset,
     write_dataset,
 )
-from mail_agents.data.windows import Batch, BatchSampler, WindowSpec, WindowView
+from mail_agents.data.views import Batch, StepView
+from mail_agents.data.windows import BatchSampler, WindowSpec, WindowView
 
 __all__ = [
     "Batch",
@@ -19,6 +21,9 @@ __all__ = [
     "Episode",
     "FeatureStats",
     "MemoryDataset",
+    "SegmentSpec",
+    "SegmentView",
+    "StepView",
     "StoreDataset",
     "StoreWriter",
     "TrajectoryDataset",

@@ -20,8 +20,10 @@ from mail_agents.data.columns import (
     make_entry,
 )
 from mail_agents.data.episode import Episode
+from mail_agents.data.segments import SegmentSpec, SegmentView
 from mail_agents.data.stats import FeatureStats, feature_stats
-from mail_agents.data.windows import WindowSpec, WindowView, episode_array
+from mail_agents.data.views import StepView, episode_array
+from mail_agents.data.windows import WindowSpec, WindowView
 from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.features import FeatureSpec
 from mail_agents.seeding import derive_seed
@@ -82,8 +84,15 @@ class TrajectoryDataset(Protocol):
         """Returns one episode, as it was added."""
         ...
 
-    def windows(self, spec: WindowSpec, episodes: Sequence[int] | None = None) -> WindowView:
-        """Returns the windows of the given episodes (None: all)."""
+    @property
+    def episode_returns(self) -> np.ndarray:
+        """``(N,)`` float64 undiscounted return of each episode."""
+        ...
+
+    def windows(
+        self, spec: WindowSpec | SegmentSpec, episodes: Sequence[int] | None = None
+    ) -> StepView:
+        """Returns the windows, or segments, of the given episodes (None: all)."""
         ...
 
     def stats(
@@ -153,7 +162,7 @@ class ArrayDataset:
         return out
 
     @cached_property
-    def returns(self) -> np.ndarray:
+    def episode_returns(self) -> np.ndarray:
         """``(N,)`` float64 undiscounted return of each episode."""
         return self.returns_to_go[self.starts("reward")]
 
@@ -193,8 +202,12 @@ class ArrayDataset:
             return part.astype(np.dtype(f"{part.dtype.byteorder}{part.dtype.kind}{width}"))
         return part
 
-    def windows(self, spec: WindowSpec, episodes: Sequence[int] | None = None) -> WindowView:
-        """Returns the windows of the given episodes (None: all)."""
+    def windows(
+        self, spec: WindowSpec | SegmentSpec, episodes: Sequence[int] | None = None
+    ) -> StepView:
+        """Returns the windows, or segments, of the given episodes (None: all)."""
+        if isinstance(spec, SegmentSpec):
+            return SegmentView(self, spec, episodes)
         return WindowView(self, spec, episodes)
 
     def stats(

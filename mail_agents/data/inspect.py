@@ -20,7 +20,7 @@ def dataset_report(dataset: ArrayDataset) -> dict[str, Any]:
         episodes that report it, or None), ``tasks`` (episodes by task) and ``features`` (kind,
         dtype, shape, min, mean, max and number of NaN values by key; text has counts only).
     """
-    returns = dataset.returns
+    returns = dataset.episode_returns
     counts, edges = np.histogram(returns, bins=_BINS)
     reported = [m["success"] for m in dataset.table.metas if m.get("success") is not None]
     info = dataset.info

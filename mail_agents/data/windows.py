@@ -3,20 +3,23 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mail_agents.errors import InvalidInputError, unknown_name
+from mail_agents.data.views import (
+    Batch,
+    StepView,
+    check_choice,
+    check_count,
+    episode_array,
+    gather_rows,
+)
+from mail_agents.errors import InvalidInputError
 from mail_agents.seeding import derive_seed
 
 if TYPE_CHECKING:
     from mail_agents.data.dataset import ArrayDataset
-
-_LARGE_ROW = 4096
-
-#: Arrays by key; see :class:`WindowView` for the keys.
-Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -41,25 +44,11 @@ class WindowSpec:
 
     def __post_init__(self) -> None:
         for name in ("history", "horizon"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(
-                    f"WindowSpec.{name} is {value!r}, expected an integer >= 1."
-                )
-        if self.padding not in ("edge", "none"):
-            raise InvalidInputError(
-                f"WindowSpec.padding is {self.padding!r}, expected 'edge' or 'none'."
-            )
+            check_count("WindowSpec", name, getattr(self, name))
+        check_choice("WindowSpec", "padding", self.padding, ("edge", "none"))
 
 
-class WindowIndex(NamedTuple):
-    """Where each window is: ``episode (N,)`` and the current step ``step (N,)``, both int64."""
-
-    episode: np.ndarray
-    step: np.ndarray
-
-
-class WindowView:
+class WindowView(StepView):
     """All windows of a dataset, gathered on demand.
 
     ``view[i]`` is one sample, ``view[a:b]`` and ``view[indices]`` are batches. A batch of B windows
@@ -90,58 +79,17 @@ class WindowView:
     def __init__(
         self, dataset: "ArrayDataset", spec: WindowSpec, episodes: Sequence[int] | None = None
     ) -> None:
-        self.dataset = dataset
-        self.spec = spec
-        self._keys = _observation_keys(dataset, spec)
         chosen = episode_array(episodes, len(dataset))
         lengths = dataset.lengths[chosen]
         if spec.padding == "edge":
-            self._first = 0
-            counts = lengths.copy()
+            first, counts = 0, lengths.copy()
         else:
-            self._first = spec.history - 1
+            first = spec.history - 1
             counts = np.maximum(lengths - (spec.history + spec.horizon - 1) + 1, 0)
             _warn_short(chosen, counts, spec)
             chosen, counts = chosen[counts > 0], counts[counts > 0]
-        self._episodes = chosen
-        self._ends = np.cumsum(counts)
-        self._starts = self._ends - counts
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    @property
-    def index(self) -> WindowIndex:
-        """Episode and current step of every window, in order."""
-        return self.locate(np.arange(len(self)))
-
-    def locate(self, indices: np.ndarray) -> WindowIndex:
-        """Episode and current step of the given windows ``(B,)``."""
-        slot = np.searchsorted(self._ends, indices, side="right")
-        return WindowIndex(self._episodes[slot], indices - self._starts[slot] + self._first)
-
-    def __getitem__(self, item: int | slice | np.ndarray | Sequence[int]) -> Batch:
-        single = isinstance(item, int | np.integer)
-        batch = self._gather(*self.locate(self._resolve(item)))
-        return {key: value[0] for key, value in batch.items()} if single else batch
-
-    def _resolve(self, item: Any) -> np.ndarray:
-        if isinstance(item, slice):
-            return np.arange(*item.indices(len(self)))
-        indices = np.atleast_1d(np.asarray(item))
-        if indices.dtype == bool:
-            if indices.shape != (len(self),):
-                raise IndexError(f"Boolean index of shape {indices.shape} for {len(self)} windows.")
-            return np.flatnonzero(indices)
-        if indices.size == 0:
-            return np.zeros(0, np.int64)
-        if indices.ndim != 1 or indices.dtype.kind not in "iu":
-            raise IndexError("Index windows with an integer, a slice or a 1-D integer array.")
-        indices = indices.astype(np.int64)
-        indices = np.where(indices < 0, indices + len(self), indices)
-        if indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f"Window index out of range: there are {len(self)} windows.")
-        return indices
+        super().__init__(dataset, spec.keys, chosen, counts, first)
+        self.spec = spec
 
     def _gather(self, episode: np.ndarray, step: np.ndarray) -> Batch:
         data, spec = self.dataset, self.spec
@@ -150,11 +98,10 @@ class WindowView:
         length = data.lengths[episode][:, None]
         mask, action_mask = past >= 0, future < length
         past = np.maximum(past, 0)
-        seen = data.starts("obs/")[episode][:, None] + past
         start = data.starts("action")[episode][:, None]
         ahead = start + np.minimum(future, length - 1)
 
-        batch: Batch = {f"obs/{k}": gather_rows(data.column(f"obs/{k}"), seen) for k in self._keys}
+        batch = self._observations(episode, past)
         actions = data.column("action")
         batch["action"] = gather_rows(actions, ahead)
         previous = gather_rows(actions, start + past[:, :-1])
@@ -170,21 +117,6 @@ class WindowView:
         return batch
 
 
-def gather_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Copies ``array[rows]``; ``np.take`` wins for small rows and loses up to 3x for images."""
-    if array.strides[0] >= _LARGE_ROW:
-        return array[rows]
-    return np.take(array, rows, axis=0)
-
-
-def _observation_keys(dataset: "ArrayDataset", spec: WindowSpec) -> tuple[str, ...]:
-    present = dataset.features.observations
-    for key in spec.keys or ():
-        if key not in present:
-            raise unknown_name("observation key", key, present, "See 'mail-agents data inspect'.")
-    return tuple(sorted(present)) if spec.keys is None else spec.keys
-
-
 def _warn_short(episodes: np.ndarray, counts: np.ndarray, spec: WindowSpec) -> None:
     short = episodes[counts == 0]
     if len(short):
@@ -194,29 +126,6 @@ def _warn_short(episodes: np.ndarray, counts: np.ndarray, spec: WindowSpec) -> N
             "Use padding='edge' to train on them.",
             stacklevel=4,
         )
-
-
-def episode_array(episodes: Sequence[int] | np.ndarray | None, total: int) -> np.ndarray:
-    """Checks a choice of episodes and returns it as int64 indices; None means all.
-
-    Raises:
-        InvalidInputError: An index is out of range or repeated.
-    """
-    if episodes is None:
-        return np.arange(total)
-    chosen = np.asarray(episodes)
-    if chosen.size == 0:
-        return np.zeros(0, np.int64)
-    if chosen.ndim != 1 or chosen.dtype.kind not in "iu":
-        raise InvalidInputError("Choose episodes with a list of integer indices.")
-    if chosen.min() < 0 or chosen.max() >= total:
-        raise InvalidInputError(
-            f"Episode indices {int(chosen.min())}..{int(chosen.max())} do not all exist: "
-            f"valid are 0..{total - 1}."
-        )
-    if len(np.unique(chosen)) != len(chosen):
-        raise InvalidInputError("The same episode is chosen more than once.")
-    return chosen.astype(np.int64)
 
 
 class BatchSampler:

@@ -21,7 +21,8 @@ from mail_agents.training.runs import read_metrics
 if TYPE_CHECKING:
     from mail_agents.agent import Agent
     from mail_agents.data.dataset import TrajectoryDataset
-    from mail_agents.data.windows import BatchSampler, WindowView
+    from mail_agents.data.views import StepView
+    from mail_agents.data.windows import BatchSampler
 
 
 def task_warning(agent: "Agent") -> str | None:
@@ -107,7 +108,7 @@ def start_training(
 
 
 @torch.no_grad()
-def validation_loss(agent: "Agent", windows: "WindowView", limit: int = 512) -> float:
+def validation_loss(agent: "Agent", windows: "StepView", limit: int = 512) -> float:
     """Loss on held-out windows, without dropout and without advancing the training noise."""
     agent.policy.eval()
     noise = agent.generator.get_state()

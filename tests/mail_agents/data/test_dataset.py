@@ -76,5 +76,5 @@ def test_splits_depend_on_the_seed_alone():
 
 def test_returns_are_sums_of_rewards(make_episode):
     episodes = [make_episode(i, 4 + i) for i in range(3)]
-    found = MemoryDataset(episodes).returns
+    found = MemoryDataset(episodes).episode_returns
     np.testing.assert_allclose(found, [e.rewards.sum() for e in episodes], rtol=1e-12)

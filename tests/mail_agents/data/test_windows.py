@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mail_agents.data import Episode, MemoryDataset, WindowSpec, windows
+from mail_agents.data import Episode, MemoryDataset, WindowSpec, views
 from mail_agents.errors import InvalidInputError, UnknownNameError
 
 
@@ -129,14 +129,14 @@ def test_only_history_frames_are_read(monkeypatch):
     dataset = MemoryDataset([episode(0, 50)])
     view = dataset.windows(WindowSpec(history=2, horizon=16))
     read = []
-    gather = windows.gather_rows
+    gather = views.gather_rows
 
     def spy(array, rows):
         if array.ndim == 4:
             read.append(rows.size)
         return gather(array, rows)
 
-    monkeypatch.setattr(windows, "gather_rows", spy)
+    monkeypatch.setattr(views, "gather_rows", spy)
     view[np.arange(8)]
     assert read == [16]
 
@@ -145,7 +145,7 @@ def test_large_and_small_rows_are_gathered_alike():
     rows = np.array([[2, 0], [1, 1]])
     for width in (3, 5000):
         array = np.arange(4 * width, dtype=np.uint8).reshape(4, width)
-        np.testing.assert_array_equal(windows.gather_rows(array, rows), array[rows])
+        np.testing.assert_array_equal(views.gather_rows(array, rows), array[rows])
 
 
 def test_keys_limit_what_is_read():
@@ -175,7 +175,7 @@ def test_indexing_follows_numpy():
     np.testing.assert_array_equal(one["obs/state"], whole["obs/state"][-2])
     assert view[[]]["action"].shape == (0, 2, 2)
     for bad in (9, -10, [0, 9]):
-        with pytest.raises(IndexError, match="9 windows"):
+        with pytest.raises(IndexError, match="9 samples"):
             view[bad]
     with pytest.raises(IndexError):
         view[np.array([0.5])]
