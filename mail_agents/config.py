@@ -24,8 +24,12 @@ class OptimConfig:
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam moment decays."""
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
     weight_decay: float = 0.0
     """Weight decay; biases, norms and state-space parameters are exempt."""
+    decay_all: bool = False
+    """Decay every parameter, as several released codes do; for comparison with them."""
     grad_clip: float | None = None
     """Largest gradient norm, or None for no clipping."""
     warmup_steps: int = 0
@@ -40,6 +44,7 @@ class OptimConfig:
         valid = (
             0 < self.lr < math.inf
             and all(0 <= beta < 1 for beta in self.betas)
+            and 0 < self.eps < math.inf
             and 0 <= self.weight_decay < math.inf
             and (self.grad_clip is None or 0 < self.grad_clip < math.inf)
             and self.warmup_steps >= 0
@@ -47,8 +52,9 @@ class OptimConfig:
         )
         if not valid:
             raise InvalidInputError(
-                "OptimConfig needs lr > 0, betas in [0, 1), weight_decay >= 0, grad_clip > 0 or "
-                f"None, warmup_steps >= 0 and batch_size >= 1, all finite; got {self}."
+                "OptimConfig needs lr > 0, betas in [0, 1), eps > 0, weight_decay >= 0, "
+                "grad_clip > 0 or None, warmup_steps >= 0 and batch_size >= 1, all finite; "
+                f"got {self}."
             )
 
 

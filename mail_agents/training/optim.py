@@ -48,13 +48,17 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     Raises:
         InvalidInputError: The module has no trainable parameters.
     """
-    groups = parameter_groups(module, config.weight_decay)
+    if config.decay_all:
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        groups = [{"params": trainable, "weight_decay": config.weight_decay}] if trainable else []
+    else:
+        groups = parameter_groups(module, config.weight_decay)
     if not groups:
         raise InvalidInputError(
             "There is nothing to optimise: the module has no trainable parameters."
         )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    return kind(groups, lr=config.lr, betas=config.betas)
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def learning_rate_factor(config: OptimConfig, step: int, total_steps: int | None) -> float:

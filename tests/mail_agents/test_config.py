@@ -83,6 +83,7 @@ def test_agent_ranges(data):
         {"lr": math.nan},
         {"lr": math.inf},
         {"betas": (0.9, 1.0)},
+        {"eps": 0.0},
         {"weight_decay": -1.0},
         {"weight_decay": math.nan},
         {"grad_clip": 0.0},

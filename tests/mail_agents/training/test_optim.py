@@ -52,6 +52,17 @@ def test_adam_and_adamw_with_the_published_defaults():
         build_optimizer(nn.Identity(), OptimConfig())
 
 
+def test_released_recipes_decay_everything():
+    model = Model()
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1, decay_all=True, eps=1e-6))
+    (group,) = optimizer.param_groups
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names(model, group["params"]) == trained
+    assert (group["weight_decay"], group["eps"]) == (0.1, 1e-6)
+    with pytest.raises(InvalidInputError, match="nothing to optimise"):
+        build_optimizer(nn.Identity(), OptimConfig(decay_all=True))
+
+
 def rates(config, total, steps):
     optimizer = build_optimizer(nn.Linear(1, 1), config)
     scheduler = build_scheduler(optimizer, config, total)
