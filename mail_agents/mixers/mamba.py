@@ -53,6 +53,18 @@ class MambaState(NamedTuple):
         return cls(conv_state[:, :, 1:].transpose(1, 2).contiguous(), ssm_state.to(wide).clone())
 
 
+def init_step_size(
+    dt_proj: nn.Linear, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4
+) -> None:
+    """Step sizes log-uniform in [low, high] at initialisation (Gu & Dao 2023, section 3.6)."""
+    scale = dt_proj.in_features**-0.5
+    nn.init.uniform_(dt_proj.weight, -scale, scale)
+    span = math.log(high) - math.log(low)
+    dt = torch.exp(torch.rand(dt_proj.out_features) * span + math.log(low)).clamp(min=floor)
+    with torch.no_grad():
+        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
 class Mamba(nn.Module):
     """Selective state space mixer: projection, short convolution, selective scan, gate, projection.
 
@@ -103,7 +115,7 @@ class Mamba(nn.Module):
         )
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(rank, inner, bias=True)
-        self._init_step_size()
+        init_step_size(self.dt_proj)
         decay = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(inner, 1)
         self.A_log = nn.Parameter(torch.log(decay))
         self.D = nn.Parameter(torch.ones(inner))
@@ -112,15 +124,6 @@ class Mamba(nn.Module):
         self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
         self.D._no_weight_decay = True  # type: ignore[attr-defined]
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
-
-    def _init_step_size(self, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> None:
-        """Step sizes log-uniform in [low, high] at initialisation (Gu & Dao 2023, section 3.6)."""
-        scale = self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj.weight, -scale, scale)
-        span = math.log(high) - math.log(low)
-        dt = torch.exp(torch.rand(self.d_inner) * span + math.log(low)).clamp(min=floor)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps (B, L, d_model) to (B, L, d_model); ``mask`` (B, L) is False at steps to ignore."""
