@@ -1,17 +1,18 @@
 """Agents: policies that live in time and in the environment's units."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mail_agents.acting import Acting, TaskEmbedder
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import TrajectoryDataset
+from mail_agents.data.segments import SegmentSpec
 from mail_agents.data.stats import FeatureStats
 from mail_agents.data.windows import WindowSpec
 from mail_agents.errors import InvalidInputError, MissingStatisticsError, unknown_name
@@ -20,17 +21,17 @@ from mail_agents.normalize import Normalizer
 from mail_agents.ops.backends import recording_backends
 from mail_agents.policy import Policy, resolve_device
 from mail_agents.seeding import derive_seed
-from mail_agents.slots import Slots, per_slot
 from mail_agents.training.ema import EMA
 from mail_agents.training.optim import build_optimizer, build_scheduler
 
-TaskEmbedder = Callable[[Sequence[str]], np.ndarray]
+__all__ = ["Agent", "TaskEmbedder"]
 
 
-class Agent(ABC):
+class Agent(Acting):
     """A policy with history, chunk queue, normalisation, units, device and random streams.
 
-    Subclasses implement :meth:`build_policy`. Life of an agent::
+    Subclasses implement :meth:`build_policy`; the methods under "what a subclass may change", here
+    and in :class:`~mail_agents.acting.Acting`, have defaults that do nothing. Life of an agent::
 
         agent = mail_agents.make("mail/ed-ma-bc", dataset.features, seed=0)
         agent.fit_statistics(dataset)
@@ -49,11 +50,11 @@ class Agent(ABC):
         seed: Root seed of weights, training noise and acting noise.
 
     Raises:
-        InvalidInputError: The features do not suit this agent.
+        InvalidInputError: The features or the padding do not suit this agent.
     """
 
-    #: Whether the agent needs a target return to act (return-conditioned agents).
-    uses_target_return: ClassVar[bool] = False
+    #: Values of ``config.padding`` that this agent can be trained with.
+    paddings: ClassVar[tuple[str, ...]] = ("edge", "none")
 
     def __init__(
         self,
@@ -64,6 +65,12 @@ class Agent(ABC):
         device: str = "auto",
         seed: int = 0,
     ) -> None:
+        super().__init__()
+        if config.padding not in self.paddings:
+            raise InvalidInputError(
+                f"{type(self).__name__} cannot use padding={config.padding!r}; valid here: "
+                f"{', '.join(map(repr, self.paddings))}."
+            )
         self.config = config
         self.features = features
         self.agent_id = agent_id
@@ -76,7 +83,7 @@ class Agent(ABC):
         self.backends: dict[str, set[str]] = {}
         self.check_features(features)
         self.normalizers = nn.ModuleDict(
-            {"action": Normalizer(config.action_norm, features.action.shape)}
+            {"action": _action_normalizer(config, features)}
             | {
                 f"obs/{key}": Normalizer(config.state_norm, feature.shape)
                 for key, feature in features.of_kind("state", "scalar").items()
@@ -93,11 +100,6 @@ class Agent(ABC):
         self._optimizer: torch.optim.Optimizer | None = None
         self._scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
         self.updates = 0
-        #: Network calls while acting are topped up to a multiple of this many rows.
-        self.plan_rows = 1
-        self._slots: Slots | None = None
-        self._resets = 0
-        self._pending: dict[str, Any] = {}
 
     # ---- what a subclass provides -------------------------------------------------------------
 
@@ -120,13 +122,48 @@ class Agent(ABC):
                 + ". Discrete actions are not supported by this agent."
             )
 
-    # ---- statistics and tasks -----------------------------------------------------------------
+    # ---- what a subclass may change -----------------------------------------------------------
 
     @property
-    def window_spec(self) -> WindowSpec:
-        """The windows this agent trains on."""
+    def window_spec(self) -> WindowSpec | SegmentSpec:
+        """The windows, or segments of trajectories, that this agent trains on."""
         config, keys = self.config, tuple(sorted(self.features.observations))
-        return WindowSpec(config.history, config.horizon, config.padding, keys)
+        padding = cast(Literal["edge", "none"], config.padding)
+        return WindowSpec(config.history, config.horizon, padding, keys)
+
+    def training_episodes(
+        self, dataset: TrajectoryDataset, episodes: Sequence[int] | None = None
+    ) -> list[int]:
+        """Chooses the episodes to learn from, all of those given by default.
+
+        Statistics (:meth:`fit_statistics`) and training windows come from these episodes only.
+
+        Args:
+            dataset: The dataset.
+            episodes: The training part of it, or None for all.
+        """
+        return list(range(len(dataset)) if episodes is None else episodes)
+
+    def on_update(self) -> None:
+        """Called after every optimiser step, when :attr:`updates` has counted it."""
+
+    def extra_training_state(self) -> dict[str, Any]:
+        """What the next update depends on besides weights, optimiser and random streams.
+
+        Returns:
+            Tensors, numbers, text, and lists and dictionaries of these: the checkpoint is read
+            without unpickling.
+        """
+        return {}
+
+    def load_extra_training_state(self, state: Mapping[str, Any]) -> None:
+        """Takes back :meth:`extra_training_state`, its tensors on the CPU.
+
+        Args:
+            state: Empty for a checkpoint that was written before the agent had such state.
+        """
+
+    # ---- statistics and tasks -----------------------------------------------------------------
 
     @property
     def fitted(self) -> bool:
@@ -135,18 +172,26 @@ class Agent(ABC):
 
     def _unfitted(self) -> list[str]:
         modules = {name: cast(Normalizer, module) for name, module in self.normalizers.items()}
-        return [name for name, m in modules.items() if m.mode != "identity" and not m.fitted]
+        return [name for name, m in modules.items() if m.needs_statistics and not m.fitted]
 
     def fit_statistics(
         self, dataset: TrajectoryDataset, episodes: Sequence[int] | None = None
     ) -> None:
         """Takes normalisation statistics and task names from (the training part of) a dataset.
 
+        Args:
+            dataset: The dataset.
+            episodes: The training part of it, or None for all; the statistics are those of
+                :meth:`training_episodes`.
+
         Raises:
             FeatureMismatchError: The dataset lacks what the agent was made for.
         """
         self.features.check(dataset.features, that=f"dataset {dataset.info.name!r}")
-        self.set_statistics(dataset.stats(episodes), dataset.info.tasks)
+        chosen = self.training_episodes(dataset, episodes)
+        # Statistics of the whole dataset are stored with it.
+        whole = episodes is None and len(chosen) == len(dataset)
+        self.set_statistics(dataset.stats(None if whole else chosen), dataset.info.tasks)
         self.provenance["dataset"] = {
             "name": dataset.info.name,
             "sha256": dataset.info.sha256,
@@ -293,7 +338,7 @@ class Agent(ABC):
         return {key: float(value) for key, value in metrics.items()}
 
     def apply_gradients(self) -> dict[str, Tensor]:
-        """Clips, steps the optimiser and the schedule, and updates the EMA."""
+        """Clips, steps the optimiser and the schedule, updates the EMA, calls :meth:`on_update`."""
         metrics = {}
         if self.config.optim.grad_clip is not None:
             norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.grad_clip)
@@ -303,212 +348,8 @@ class Agent(ABC):
         if self.ema is not None:
             self.ema.update(self.policy)
         self.updates += 1
+        self.on_update()
         return metrics
-
-    # ---- acting -------------------------------------------------------------------------------
-
-    @property
-    def acting_policy(self) -> Policy:
-        """The network that acts: the averaged weights where there is an EMA, else the raw ones."""
-        return self.policy if self.ema is None else cast(Policy, self.ema.module)
-
-    def reset(
-        self,
-        slots: Sequence[int] | None = None,
-        *,
-        seed: int | Sequence[int] | None = None,
-        task: str | Sequence[str | None] | None = None,
-        target_return: float | Sequence[float] | None = None,
-    ) -> None:
-        """Starts new episodes.
-
-        Args:
-            slots: Slots to restart; None restarts all (their number follows from the next
-                observation).
-            seed: Seed of the acting noise: one per slot, or one integer from which each slot
-                derives its own. None continues the agent's own sequence.
-            task: Task name for all slots, or one per slot. May be left out when the agent knows
-                a single task or none.
-            target_return: Return to aim for, for return-conditioned agents; one or one per slot.
-
-        Raises:
-            UnknownNameError: A language-conditioned agent was not trained on the task.
-            InvalidInputError: A sequence does not have one entry per slot.
-        """
-        self._resets += 1
-        arguments = {"seed": seed, "task": task, "target_return": target_return}
-        if slots is None:
-            self._slots, self._pending = None, arguments
-            return
-        slots = list(slots)
-        if self._slots is None:
-            self._slots = Slots(max(slots, default=-1) + 1, self.config, self.features)
-        if slots and not 0 <= min(slots) <= max(slots) < self._slots.n:
-            raise InvalidInputError(
-                f"Slots {slots} are outside 0..{self._slots.n - 1}; call agent.reset() to change "
-                "the number of slots."
-            )
-        self._reset_slots(self._slots, slots, arguments)
-
-    def _reset_slots(self, state: Slots, slots: list[int], arguments: Mapping[str, Any]) -> None:
-        seed = arguments["seed"]
-        if seed is None:
-            seed = derive_seed(self.seed, "eval", self._resets)
-        if isinstance(seed, (int, np.integer)):
-            seeds = [derive_seed(int(seed), "model", slot) for slot in slots]
-        else:
-            seeds = [int(value) for value in per_slot("seed", seed, slots)]
-        tasks = [self._resolve_task(task) for task in per_slot("task", arguments["task"], slots)]
-        targets = per_slot("target_return", arguments["target_return"], slots)
-        state.reset(slots, seeds, tasks, targets)
-
-    def _resolve_task(self, task: str | None) -> str | None:
-        if self.task_embedder() is None:
-            return task
-        if task is None and len(self.tasks) == 1:
-            return self.tasks[0]
-        if task not in self.tasks:
-            raise unknown_name(
-                "task",
-                str(task),
-                self.tasks,
-                "This agent is conditioned on language: call agent.reset(task=...) with a task it "
-                "was trained on.",
-            )
-        return task
-
-    def act(
-        self,
-        observation: Any,
-        *,
-        deterministic: bool = True,
-        slots: Sequence[int] | None = None,
-    ) -> np.ndarray:
-        """Chooses actions from raw observations.
-
-        Args:
-            observation: ``{key: (B, ...)}`` with one row per slot (a bare array stands for the key
-                ``"state"``). A single unbatched observation is also accepted. Never modified.
-            deterministic: Whether to leave out sampling noise.
-            slots: Slots that the rows belong to; None means all, in order.
-
-        Returns:
-            Actions ``(B, *A)`` in environment units, inside the action bounds (unbatched when the
-            observation was).
-
-        Raises:
-            InvalidInputError: A key is missing, a shape is wrong, or a value is NaN or infinite.
-            MissingStatisticsError: The agent was neither trained nor loaded.
-        """
-        self._require_fitted()
-        rows, single = self.features.rows(observation)
-        batch_size = len(next(iter(rows.values())))
-        if self._slots is None:
-            count = batch_size if slots is None else max(slots) + 1
-            pending = self._pending or {"seed": None, "task": None, "target_return": None}
-            self._slots = Slots(count, self.config, self.features)
-            self._reset_slots(self._slots, list(range(count)), pending)
-        state = self._slots
-        index = state.rows(slots)
-        if len(index) != batch_size:
-            raise InvalidInputError(
-                f"act: got {batch_size} observations for {len(index)} slots. Call agent.reset() "
-                "when the number of environments changes."
-            )
-        state.push(index, rows)
-        due = index[state.queue_position[index] >= state.executed]
-        if len(due):
-            chunks = self._plan(state, due, deterministic)
-            state.store_plan(due, self.features.action.clip(chunks))
-        action = state.pop(index).astype(self.features.action.dtype)
-        return action[0] if single else action
-
-    def _plan(self, state: Slots, due: np.ndarray, deterministic: bool) -> np.ndarray:
-        """Plans chunks ``(len(due), J, *A)`` in environment units."""
-        length = np.full(len(due), self.config.history)
-        if self.config.padding == "none":
-            # Legacy releases show the network only the frames that exist.
-            length = state.valid[due].sum(axis=1)
-        chunks = np.empty((len(due), *state.queue.shape[1:]), np.float32)
-        with self.acting():
-            for count in np.unique(length):
-                rows = np.flatnonzero(length == count)
-                chunks[rows] = self._sample(state, due[rows], int(count), deterministic)
-        if not np.isfinite(chunks).all():
-            raise InvalidInputError(
-                f"Agent {self.agent_id!r} planned a NaN or infinite action; its weights are broken."
-            )
-        return chunks
-
-    def _sample(
-        self, state: Slots, slots: np.ndarray, count: int, deterministic: bool
-    ) -> np.ndarray:
-        """Plans for slots that show the policy ``count`` steps, ``(len(slots), J, *A)``."""
-        extra = -len(slots) % self.plan_rows
-        wide = np.concatenate([slots, np.repeat(slots[-1:], extra)])
-        generators = [state.generators[slot] for slot in slots]
-        generators += [torch.Generator() for _ in range(extra)]
-        batch = self.prepare(self._acting_batch(state, wide, count))
-        chunk = self.acting_policy.sample(batch, generators, deterministic)
-        expected = (len(wide), *state.queue.shape[1:])
-        if chunk.shape != expected:
-            raise InvalidInputError(
-                f"The policy of agent {self.agent_id!r} planned {tuple(chunk.shape)}, expected "
-                f"(rows, horizon, actions) {expected}."
-            )
-        units = cast(Normalizer, self.normalizers["action"]).inverse(chunk[: len(slots)])
-        return units.float().cpu().numpy()
-
-    def _acting_batch(self, state: Slots, slots: np.ndarray, count: int) -> dict[str, Any]:
-        batch: dict[str, Any] = {
-            f"obs/{key}": buffer[slots, -count:] for key, buffer in state.observations.items()
-        }
-        batch["mask"] = state.valid[slots, -count:]
-        batch["rtg"] = state.rtg[slots, -count:]
-        batch["timestep"] = state.timestep[slots, -count:]
-        batch["past_action"] = state.past_action[slots, state.past_action.shape[1] - count + 1 :]
-        if self.task_embedder() is not None:
-            batch["task"] = np.array([self.tasks.index(str(state.tasks[slot])) for slot in slots])
-        return batch
-
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """Evaluation and inference mode inside, the previous mode restored after."""
-        policy = self.acting_policy
-        training = policy.training
-        policy.eval()
-        try:
-            with torch.inference_mode(), recording_backends(self.backends):
-                yield
-        finally:
-            policy.train(training)
-
-    def step(
-        self,
-        reward: np.ndarray | float,
-        terminated: np.ndarray | bool,
-        truncated: np.ndarray | bool,
-        *,
-        slots: Sequence[int] | None = None,
-    ) -> None:
-        """Tells the agent what the environment answered; lowers the return-to-go, ends episodes.
-
-        Args:
-            reward: ``(B,)`` or a number.
-            terminated: ``(B,)`` or a bool.
-            truncated: ``(B,)`` or a bool.
-            slots: Slots that the rows belong to; None means all.
-        """
-        if self._slots is None:
-            raise InvalidInputError("agent.step() before agent.act(); call act(observation) first.")
-        index = self._slots.rows(slots)
-        ended = np.atleast_1d(terminated).astype(bool) | np.atleast_1d(truncated).astype(bool)
-        self._slots.advance(index, np.atleast_1d(np.asarray(reward, np.float64)), ended)
-
-    @property
-    def plans(self) -> np.ndarray:
-        """Plans made in the current episode of each slot, ``(n_slots,)``."""
-        return np.zeros(0, np.int64) if self._slots is None else self._slots.plans.copy()
 
     # ---- files --------------------------------------------------------------------------------
 
@@ -534,3 +375,8 @@ class Agent(ABC):
                 "use mail_agents.load(path)."
             )
         return agent
+
+
+def _action_normalizer(config: AgentConfig, features: FeatureSpec) -> Normalizer:
+    action = features.action
+    return Normalizer(config.action_norm, action.shape, "action", (action.low, action.high))

@@ -71,6 +71,7 @@ def training_state(agent: "Agent") -> dict[str, Any]:
         "generator": agent.generator.get_state(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": [torch.cuda.get_rng_state(agent.device)] if _on_cuda(agent) else [],
+        "extra": agent.extra_training_state(),
     }
 
 
@@ -93,6 +94,7 @@ def restore_training_state(agent: "Agent", state: Mapping[str, Any]) -> None:
         agent.ema.load_state_dict(state["ema"])
     agent.generator.set_state(state["generator"])
     agent.updates = int(state["updates"])
+    agent.load_extra_training_state(state.get("extra", {}))  # older checkpoints have none
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] and _on_cuda(agent):
         torch.cuda.set_rng_state(state["cuda_rng"][0], agent.device)

@@ -68,13 +68,15 @@ class AgentConfig:
     """Predicted actions per plan (chunk length)."""
     execute: int | None = None
     """Actions executed before planning again; None executes the whole chunk."""
-    padding: Literal["edge", "none"] = "edge"
+    padding: Literal["edge", "none", "right", "left_legacy"] = "edge"
     """'edge': windows reach past both episode ends, masked. 'none': complete windows only, and the
-    first plans of an episode see a shorter history (legacy behaviour of several releases)."""
+    first plans of an episode see a shorter history (legacy behaviour of several releases). For
+    agents that train on segments of trajectories, 'right': padding after the end of an episode in
+    training, none in acting; 'left_legacy': padding before the start, as released code has it."""
     state_norm: Literal["mean_std", "min_max", "quantile", "identity"] = "mean_std"
     """Normalisation of state observations."""
-    action_norm: Literal["mean_std", "min_max", "quantile", "identity"] = "mean_std"
-    """Normalisation of actions."""
+    action_norm: Literal["mean_std", "min_max", "quantile", "identity", "bounds"] = "mean_std"
+    """Normalisation of actions; 'bounds' maps the box of the action space to [-1, 1]."""
     ema_decay: float | None = None
     """Decay of the exponential moving average of the weights used for acting; None for no EMA."""
     optim: OptimConfig = field(default_factory=OptimConfig)

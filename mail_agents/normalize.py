@@ -1,5 +1,6 @@
 """Normalisation whose statistics travel with the weights and are never silently missing."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,7 +10,10 @@ from torch import Tensor, nn
 from mail_agents.data.stats import FeatureStats
 from mail_agents.errors import FeatureMismatchError, InvalidInputError, MissingStatisticsError
 
-NormMode = Literal["mean_std", "min_max", "quantile", "identity"]
+NormMode = Literal["mean_std", "min_max", "quantile", "identity", "bounds"]
+
+#: Lower and upper bounds of a space, flattened, or None where it is unbounded.
+Box = tuple[Sequence[float] | None, Sequence[float] | None]
 
 # A spread below float32 resolution of the values themselves is rounding, not signal.
 _RELATIVE_SPREAD = 1e-6
@@ -25,20 +29,23 @@ class Normalizer(nn.Module):
     min_max    (max + min) / 2            (max - min) / 2
     quantile   (q99 + q01) / 2            (q99 - q01) / 2
     identity   0                          1
+    bounds     (high + low) / 2           (high - low) / 2
     ========== ========================== =====================
 
-    A dimension that is constant in the data has scale 1: it maps to zero, and back to itself.
-    Nothing is clipped, so the inverse always holds. All state is in buffers (float32), so it is
-    saved, loaded and moved with the module that owns it. ``identity`` works without statistics, but
-    :meth:`bounds` needs them in every mode.
+    ``bounds`` maps the box ``low..high`` of a space to [-1, 1], whatever the data. A dimension that
+    is constant in the data (or the box) has scale 1: it maps to zero, and back to itself. Nothing
+    is clipped, so the inverse always holds. All state is in buffers (float32), so it is saved,
+    loaded and moved with the module that owns it. ``identity`` and ``bounds`` work without
+    statistics, but :meth:`bounds` needs them in every mode.
 
     Args:
         mode: One of the table above.
         shape: Shape of the statistics: that of one time step, or ``(C,)`` for images.
         name: Feature name for messages.
+        box: ``(low, high)`` for mode ``bounds``, each ``prod(shape)`` numbers.
 
     Raises:
-        InvalidInputError: The mode is unknown.
+        InvalidInputError: The mode is unknown, or ``bounds`` has no finite box.
     """
 
     offset: Tensor
@@ -47,7 +54,13 @@ class Normalizer(nn.Module):
     maximum: Tensor
     known: Tensor
 
-    def __init__(self, mode: NormMode, shape: tuple[int, ...], name: str = "") -> None:
+    def __init__(
+        self,
+        mode: NormMode,
+        shape: tuple[int, ...],
+        name: str = "",
+        box: Box = (None, None),
+    ) -> None:
         super().__init__()
         if mode not in get_args(NormMode):
             raise InvalidInputError(
@@ -63,6 +76,10 @@ class Normalizer(nn.Module):
         self.register_buffer("known", torch.zeros((), dtype=torch.bool))
         # A Python copy: reading the buffer would wait for the accelerator on every call.
         self._fitted = False
+        if mode == "bounds":
+            offset, scale = self._box_affine(box)
+            self.offset.copy_(torch.as_tensor(offset.astype(np.float32)))
+            self.scale.copy_(torch.as_tensor(scale.astype(np.float32)))
 
     def extra_repr(self) -> str:
         """Mode, shape and whether statistics are present."""
@@ -72,6 +89,11 @@ class Normalizer(nn.Module):
     def fitted(self) -> bool:
         """Whether statistics were fitted or loaded."""
         return self._fitted
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether values cannot be mapped without statistics."""
+        return self.mode not in ("identity", "bounds")
 
     def fit(self, stats: FeatureStats) -> "Normalizer":
         """Takes the statistics of a feature, normally those of the training episodes.
@@ -100,6 +122,8 @@ class Normalizer(nn.Module):
         ones = np.ones(self.shape)
         if self.mode == "identity":
             return np.zeros(self.shape), ones
+        if self.mode == "bounds":  # of the box, not of the data
+            return self.offset.cpu().numpy(), self.scale.cpu().numpy()
         if self.mode == "mean_std":
             offset, scale = np.asarray(stats.mean), np.asarray(stats.std)
         else:
@@ -109,6 +133,20 @@ class Normalizer(nn.Module):
         constant = scale <= _RELATIVE_SPREAD * size
         return offset, np.where(constant, ones, scale)
 
+    def _box_affine(self, box: Box) -> tuple[np.ndarray, np.ndarray]:
+        unknown = np.full(self.shape, np.nan)
+        low, high = (
+            unknown if bound is None else np.asarray(bound, np.float64).reshape(self.shape)
+            for bound in box
+        )
+        if not (np.isfinite(low).all() and np.isfinite(high).all() and (low <= high).all()):
+            raise InvalidInputError(
+                f"{self._label()}: mode 'bounds' needs a finite lower and upper bound of every "
+                f"value, got {box[0]} and {box[1]}. Take the features from an environment with a "
+                "bounded space, or from a dataset recorded in one, or use mode 'min_max'."
+            )
+        return (high + low) / 2, np.where(high > low, (high - low) / 2, 1.0)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalises ``(..., *shape)`` to network units.
 
@@ -117,14 +155,16 @@ class Normalizer(nn.Module):
         """
         if self.mode == "identity":
             return x
-        self._require()
+        if self.needs_statistics:
+            self._require()
         return (x - self.offset) / self.scale
 
     def inverse(self, x: Tensor) -> Tensor:
         """Maps network units back to the units of the data."""
         if self.mode == "identity":
             return x
-        self._require()
+        if self.needs_statistics:
+            self._require()
         return x * self.scale + self.offset
 
     def bounds(self) -> tuple[Tensor, Tensor]:

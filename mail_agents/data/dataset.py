@@ -161,7 +161,7 @@ class ArrayDataset:
             out[part] = np.cumsum(rewards[part][::-1])[::-1]
         return out
 
-    @cached_property
+    @property
     def episode_returns(self) -> np.ndarray:
         """``(N,)`` float64 undiscounted return of each episode."""
         return self.returns_to_go[self.starts("reward")]
