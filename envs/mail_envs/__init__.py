@@ -17,6 +17,7 @@ import gymnasium
 
 from mail_envs.catalogue import METAWORLD_HORIZON, METAWORLD_TASKS
 from mail_envs.rendering import select_gl_backend
+from mail_wrappers.datasets.d4rl_names import WORLDS as D4RL_WORLDS
 
 __all__ = ["METAWORLD_TASKS", "list_worlds"]
 
@@ -31,8 +32,9 @@ def list_worlds(pattern: str = "*") -> list[str]:
     Returns:
         Sorted ids such as ``"mail_envs:metaworld/reach-v3"``; empty when nothing matches.
     """
-    names = sorted(f"metaworld/{task}" for task in METAWORLD_TASKS)
-    return [f"mail_envs:{name}" for name in names if fnmatch.fnmatchcase(name, pattern)]
+    names = [f"metaworld/{task}" for task in METAWORLD_TASKS]
+    names += [f"d4rl/{world}" for world in D4RL_WORLDS]
+    return [f"mail_envs:{name}" for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _register_worlds() -> None:
@@ -42,6 +44,13 @@ def _register_worlds() -> None:
             entry_point="mail_envs.metaworld:MetaWorldEnv",
             max_episode_steps=METAWORLD_HORIZON,
             kwargs={"task": task},
+        )
+    for name, world in D4RL_WORLDS.items():
+        gymnasium.register(
+            id=f"d4rl/{name}",
+            entry_point=world.entry_point,
+            max_episode_steps=world.max_episode_steps,
+            kwargs=dict(world.kwargs),
         )
 
 
