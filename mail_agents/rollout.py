@@ -50,6 +50,7 @@ class EpisodeResult:
         plans: Times the policy planned a chunk.
         terminated: Whether the environment ended the episode (else it was truncated).
         wall_time: Seconds from reset to end, shared with the episodes that ran beside it.
+        target_return: Return the agent aimed for, or None.
     """
 
     index: int
@@ -61,6 +62,7 @@ class EpisodeResult:
     plans: int
     terminated: bool
     wall_time: float
+    target_return: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Evaluation:
         directory = Path(directory)
         lines = "".join(json.dumps(asdict(episode)) + "\n" for episode in self.episodes)
         write_atomic(directory / "episodes.jsonl", lines.encode())
-        summary = json.dumps(self.summary(), indent=2, sort_keys=True) + "\n"
+        # Keyword arguments of an environment made in Python may be anything.
+        summary = json.dumps(self.summary(), indent=2, sort_keys=True, default=str) + "\n"
         write_atomic(directory / "summary.json", summary.encode())
         return directory
 
@@ -143,7 +146,9 @@ class _Slot:
             if key in info:
                 self.success = bool(self.success) or bool(info[key])
 
-    def result(self, task: str | None, plans: int, terminated: bool) -> EpisodeResult:
+    def result(
+        self, task: str | None, plans: int, terminated: bool, target_return: float | None
+    ) -> EpisodeResult:
         return EpisodeResult(
             index=self.index,
             seed=self.seed,
@@ -154,6 +159,7 @@ class _Slot:
             plans=plans,
             terminated=terminated,
             wall_time=time.perf_counter() - self.began,
+            target_return=target_return,
         )
 
 
@@ -248,7 +254,8 @@ class _Evaluator:
         ended = []
         for number, over, cut in zip(active, terminated, truncated, strict=True):
             if over or cut:
-                result = self.slots[number].result(self.task, int(plans[number]), over)
+                slot, target = self.slots[number], self.target_return
+                result = slot.result(self.task, int(plans[number]), over, target)
                 self.results.append(result)
                 ended.append(number)
                 if self.on_episode is not None:
@@ -288,7 +295,7 @@ def evaluate(
         deterministic: Whether the agent leaves out sampling noise.
         env_kwargs: Passed to ``gymnasium.make`` when ``env`` is an id.
         max_steps: Step limit that replaces the environment's own, when ``env`` is an id.
-        target_return: Return to aim for, for return-conditioned agents.
+        target_return: Return to aim for, for return-conditioned agents; None takes the agent's own.
         record: Episode indices whose frames are kept (needs ``render_mode="rgb_array"``).
         on_episode: Called after each finished episode, for progress bars.
 
@@ -306,6 +313,7 @@ def evaluate(
             f"distinct and not negative; got {episodes=}, {n_envs=}."
         )
     make_env = _maker(env, env_kwargs or {}, max_steps)
+    target_return = agent.resolve_target(target_return)
     environments: list[gymnasium.Env] = []
     plan_rows, agent.plan_rows = agent.plan_rows, _PLAN_ROWS
     try:

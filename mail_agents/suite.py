@@ -2,8 +2,10 @@
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mail_agents.agent import Agent
+
+
+#: Folders of further target returns, inside a task's folder.
+_TARGET = "target-"
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,15 @@ def evaluate_worlds(
     seed: int,
     n_envs: int = 1,
     deterministic: bool = False,
+    target_returns: Sequence[float] = (),
     directory: Path | None = None,
     videos: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Evaluation]:
     """Evaluates every task, says one line each, and optionally writes results and videos.
+
+    Return-conditioned agents are evaluated once per task and target return. The first target gives
+    the headline: what is returned, and written where agents without targets have it.
 
     Args:
         agent: A trained agent.
@@ -111,55 +121,73 @@ def evaluate_worlds(
         seed: Root seed of the episodes.
         n_envs: Environments side by side.
         deterministic: Whether the agent leaves out sampling noise.
+        target_returns: Returns to aim for; none named means the agent's own. Results of all but the
+            first go into ``target-<value>`` inside the task's folder.
         directory: Where ``episodes.jsonl``, ``summary.json`` and videos go, one folder per task.
         videos: Successful episodes to record per task, and as many failed ones.
         say: Receives one line per task.
 
     Returns:
-        Evaluations by task.
+        Evaluations by task, for the first target.
+
+    Raises:
+        InvalidInputError: See :func:`check_targets`.
     """
+    check_targets(agent, target_returns)
     evaluations = {}
     for world in worlds:
-        evaluation = evaluate(
+        play = partial(
+            evaluate,
             agent,
-            world.maker(),
-            n_episodes,
+            world.env_id,
             seed=seed,
-            n_envs=n_envs,
             task=world.task,
             deterministic=deterministic,
+            max_steps=world.max_steps,
         )
-        say(f"{world.task}: {evaluation}")
-        if directory is not None:
-            folder = directory / world.task.replace("/", "-")
-            evaluation.save(folder)
-            _record(agent, world, evaluation, videos, seed, deterministic, folder)
-        evaluations[world.task] = evaluation
+        folder = None if directory is None else task_directory(directory, world.task)
+        for number, target in enumerate(target_returns or (None,)):
+            found = play(n_episodes, n_envs=n_envs, env_kwargs=world.kwargs, target_return=target)
+            say(f"{world.task}{'' if target is None else f', target {target:g}'}: {found}")
+            if folder is not None:
+                found.save(folder if number == 0 else folder / f"{_TARGET}{target:g}")
+            evaluations.setdefault(world.task, found)
+        if folder is not None:
+            camera = {**world.kwargs, "render_mode": "rgb_array"}
+            target = target_returns[0] if target_returns else None
+            filmed = partial(play, env_kwargs=camera, target_return=target)
+            _record(evaluations[world.task], filmed, videos, folder)
     return evaluations
 
 
+def check_targets(agent: "Agent", target_returns: Sequence[float]) -> None:
+    """Refuses target returns that would change nothing or overwrite each other's results.
+
+    Raises:
+        InvalidInputError: The agent does not use target returns, or a target is not a finite
+            number of its own.
+    """
+    if target_returns and not agent.uses_target_return:
+        raise InvalidInputError(
+            f"Agent {agent.agent_id!r} does not use target returns, got {list(target_returns)}. "
+            "Leave --target-returns out: it is for return-conditioned agents."
+        )
+    names = {f"{target:g}" for target in target_returns}
+    if len(names) < len(target_returns) or not all(map(math.isfinite, target_returns)):
+        raise InvalidInputError(
+            f"Target returns must be finite and differ in their first six digits; got "
+            f"{list(target_returns)}."
+        )
+
+
 def _record(
-    agent: "Agent",
-    world: World,
-    evaluation: Evaluation,
-    count: int,
-    seed: int,
-    deterministic: bool,
-    directory: Path,
+    evaluation: Evaluation, film: Callable[..., Evaluation], count: int, directory: Path
 ) -> None:
     """Plays the first solved and failed episodes again with a camera, and names the outcome."""
     solved = [e.index for e in evaluation.episodes if e.success][:count]
     failed = [e.index for e in evaluation.episodes if not e.success][:count]
     for index in solved + failed:
-        again = evaluate(
-            agent,
-            world.maker(render_mode="rgb_array"),
-            [index],
-            seed=seed,
-            task=world.task,
-            deterministic=deterministic,
-            record=[index],
-        )
+        again = film([index], record=[index])
         outcome = {True: "success", False: "failure", None: "episode"}[again.episodes[0].success]
         path = directory / f"{outcome}-{index:03d}.mp4"
         write_video(path, again.frames[index], again.fps)
@@ -170,16 +198,44 @@ def evaluation_directory(run: str | Path, step: int) -> Path:
     return Path(run) / "eval" / f"step-{step:08d}"
 
 
+def task_directory(directory: str | Path, task: str) -> Path:
+    """Where an evaluation keeps the results of one task."""
+    return Path(directory) / task.replace("/", "-")
+
+
 def completed_evaluations(run: str | Path, tasks: Sequence[str]) -> dict[int, list[TaskResult]]:
     """Reads every complete evaluation of a run, by step; those of a killed run are left out."""
     found = {}
     for directory in sorted((Path(run) / "eval").glob("step-*")):
-        files = [directory / task.replace("/", "-") / "episodes.jsonl" for task in tasks]
-        if all(file.exists() for file in files):
-            lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
-            step = int(directory.name.removeprefix("step-"))
-            found[step] = group_by_task(json.loads(line) for line in lines)
+        results = _task_results(task_directory(directory, task) for task in tasks)
+        if results is not None:
+            found[int(directory.name.removeprefix("step-"))] = results
     return found
+
+
+def completed_targets(
+    run: str | Path, step: int, tasks: Sequence[str]
+) -> dict[str, list[TaskResult]]:
+    """Reads the results of target returns after the first, by target (``"3600"``).
+
+    Targets without results for every task, those of a killed run, are left out.
+    """
+    folders = [task_directory(evaluation_directory(run, step), task) for task in tasks]
+    names = sorted({path.name for folder in folders for path in folder.glob(f"{_TARGET}*")})
+    found = {}
+    for name in names:
+        results = _task_results(folder / name for folder in folders)
+        if results is not None:
+            found[name.removeprefix(_TARGET)] = results
+    return found
+
+
+def _task_results(folders: Iterable[Path]) -> list[TaskResult] | None:
+    files = [folder / "episodes.jsonl" for folder in folders]
+    if not all(file.exists() for file in files):
+        return None
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
+    return group_by_task(json.loads(line) for line in lines)
 
 
 def recorded_videos(directory: str | Path) -> list[Video]:

@@ -28,7 +28,7 @@ from mail_agents.data.dataset import split_episodes
 from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.report.results import save_results
-from mail_agents.suite import evaluate_worlds, evaluation_directory, worlds_of
+from mail_agents.suite import check_targets, evaluate_worlds, evaluation_directory, worlds_of
 from mail_agents.training.runs import Run, parse_arguments
 from mail_agents.training.session import (
     open_agent,
@@ -70,6 +70,9 @@ class Args:
     """Seeds the evaluation episodes; the same for every training seed, so runs are paired."""
     eval_envs: int = 20
     """Environments stepped side by side."""
+    target_returns: tuple[float, ...] = ()
+    """Returns to aim for, the headline's first, for return-conditioned agents; none named means the
+    agent's own."""
     videos: int = 0
     """Successful and failed episodes to record per task at the end."""
     save_every: int = 500
@@ -110,7 +113,9 @@ def main(args: Args) -> None:
 
     resume = args.resume is not None
     agent, state = open_agent(args.run_dir, resume, dataset, train, make, args.device)
-    windows = dataset.windows(agent.window_spec, train)
+    check_targets(agent, args.target_returns)
+    episodes = agent.training_episodes(dataset, train)
+    windows = dataset.windows(agent.window_spec, episodes)
     checks = dataset.windows(agent.window_spec, held_out) if held_out else None
     sampler = BatchSampler(len(windows), args.config.optim.batch_size, args.seed)
     first, seconds = start_training(agent, state, sampler, args.steps)
@@ -122,7 +127,7 @@ def main(args: Args) -> None:
     total = args.steps if parameters else 0  # reference agents only take statistics
     console.print(
         f"{args.agent}: {parameters:,} parameters, {len(windows):,} windows of "
-        f"{len(train)} episodes, {len(dataset.info.tasks)} tasks, on {agent.device}"
+        f"{len(episodes)} episodes, {len(dataset.info.tasks)} tasks, on {agent.device}"
     )
 
     evaluate = partial(
@@ -132,6 +137,7 @@ def main(args: Args) -> None:
         args.eval_episodes,
         seed=args.eval_seed,
         n_envs=args.eval_envs,
+        target_returns=args.target_returns,
         say=console.print,
     )
     with Run(args.run_dir, args, first if resume else None) as run:

@@ -128,6 +128,7 @@ def main(args: Args) -> None:
 
     resume = args.resume is not None
     agent, state = open_agent(args.run_dir, resume, dataset, episodes, make, args.device)
+    episodes = agent.training_episodes(dataset, episodes)
     windows = dataset.windows(agent.window_spec, episodes)
     sampler = BatchSampler(len(windows), args.config.optim.batch_size, args.seed)
     per_epoch = sampler.batches_per_epoch
