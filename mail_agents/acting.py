@@ -88,6 +88,27 @@ class Acting(ABC):
         """
         return target
 
+    def plan_chunks(
+        self,
+        batch: Mapping[str, Tensor],
+        slots: np.ndarray,
+        generators: Sequence[torch.Generator],
+        deterministic: bool,
+    ) -> Tensor:
+        """Asks the policy for chunks; an agent that carries a network state does so here.
+
+        Args:
+            batch: Prepared batch, one row per entry of ``slots``.
+            slots: ``(B,)`` slot of each row. The last slot may be there several times, see
+                :attr:`plan_rows`; only its first row counts.
+            generators: One random stream per row.
+            deterministic: Whether to leave out sampling noise.
+
+        Returns:
+            Normalised chunks ``(B, J, A)``.
+        """
+        return self.acting_policy.sample(batch, generators, deterministic)
+
     # ---- acting -------------------------------------------------------------------------------
 
     @property
@@ -229,7 +250,7 @@ class Acting(ABC):
         generators = [state.generators[slot] for slot in slots]
         generators += [torch.Generator() for _ in range(extra)]
         batch = self.prepare(self._acting_batch(state, wide, count))
-        chunk = self.acting_policy.sample(batch, generators, deterministic)
+        chunk = self.plan_chunks(batch, wide, generators, deterministic)
         expected = (len(wide), *state.queue.shape[1:])
         if chunk.shape != expected:
             raise InvalidInputError(

@@ -1,0 +1,155 @@
+"""Decision Transformer, Decision Mamba and multi-grained Decision Mamba: one agent, three trunks.
+
+Differences from the released codes, each reversed by the ``-released`` presets:
+
+- short windows are padded behind the valid steps in training and not at all in acting, so padding
+  has no influence with any trunk. The releases pad in front, with other values in training than in
+  acting, which Mamba trunks take as input;
+- norms, biases, embeddings and state-space parameters are exempt from weight decay.
+
+And one that no preset reverses: actions are clipped to the action space before they enter the
+history. The releases remember the network's output as it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mail_agents.data.dataset import TrajectoryDataset
+from mail_agents.data.segments import SegmentSpec
+from mail_agents.errors import InvalidInputError
+from mail_agents.slots import Slots
+from mail_baselines.config import SequenceConfig
+from mail_baselines.offline import OfflineAgent
+from mail_baselines.sequence_policy import SequencePolicy
+from mail_baselines.trunks import map_state
+
+
+class SequenceAgent(OfflineAgent):
+    """Acts so as to reach a target return; see :class:`~mail_agents.agent.Agent`.
+
+    Without a target return, :meth:`reset` aims for the highest return of the training data.
+    """
+
+    uses_target_return: ClassVar[bool] = True
+    paddings: ClassVar[tuple[str, ...]] = ("right", "left_legacy")
+
+    config: SequenceConfig
+    policy: SequencePolicy
+
+    def build_policy(self) -> SequencePolicy:
+        """Builds the network from ``self.config`` and ``self.features``."""
+        return SequencePolicy(self.config, self.features)
+
+    # ---- data ---------------------------------------------------------------------------------
+
+    @property
+    def window_spec(self) -> SegmentSpec:
+        """Segments of trajectories, one per step."""
+        config = self.config
+        return SegmentSpec(
+            length=config.history,
+            keys=tuple(sorted(self.features.observations)),
+            reward_mode=config.reward_mode,
+            padding=cast(Literal["right", "left_legacy"], config.padding),
+        )
+
+    def fit_statistics(
+        self, dataset: TrajectoryDataset, episodes: Sequence[int] | None = None
+    ) -> None:
+        """See :class:`~mail_agents.agent.Agent`; also learns the range of returns.
+
+        Raises:
+            FeatureMismatchError: The dataset lacks what the agent was made for.
+            InvalidInputError: An episode is longer than ``max_timestep``.
+        """
+        chosen = self.training_episodes(dataset, episodes)
+        self._check_timestep(int(dataset.lengths[chosen].max()) - 1)
+        returns = dataset.episode_returns[chosen]
+        for policy in self._policies():
+            known = cast(SequencePolicy, policy)
+            known.set_returns(float(np.abs(returns).max()), float(returns.max()))
+        super().fit_statistics(dataset, episodes)
+
+    def _unfitted(self) -> list[str]:
+        return super()._unfitted() + ([] if self.policy.best is not None else ["return"])
+
+    def prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See :class:`~mail_agents.agent.Agent`.
+
+        Raises:
+            InvalidInputError: A time step has no embedding.
+        """
+        self._check_timestep(int(batch["timestep"].max()))
+        return super().prepare(batch)
+
+    def _check_timestep(self, timestep: int) -> None:
+        limit = self.config.max_timestep
+        if timestep >= limit:
+            raise InvalidInputError(
+                f"Time step {timestep} (counted from 0) has no embedding: max_timestep is {limit}. "
+                "Train with max_timestep of at least the longest episode, of the data and of the "
+                "environments to act in (--config.max-timestep)."
+            )
+
+    # ---- acting -------------------------------------------------------------------------------
+
+    def resolve_target(self, target: float | None) -> float | None:
+        """Returns the target, or the highest return of the training data where none is given.
+
+        Raises:
+            MissingStatisticsError: None is given, and the agent has seen no data.
+        """
+        if target is None:
+            self._require_fitted()
+            return self.policy.best
+        return target
+
+    def step(
+        self,
+        reward: np.ndarray | float,
+        terminated: np.ndarray | bool,
+        truncated: np.ndarray | bool,
+        *,
+        slots: Sequence[int] | None = None,
+    ) -> None:
+        """See :class:`~mail_agents.agent.Agent`; with delayed rewards the target stays."""
+        if self.config.reward_mode == "delayed":
+            reward = np.zeros_like(np.atleast_1d(np.asarray(reward, np.float64)))
+        super().step(reward, terminated, truncated, slots=slots)
+
+    def visible_steps(self, valid: np.ndarray) -> np.ndarray:
+        """See :class:`~mail_agents.agent.Agent`; a stream needs the newest step and its action."""
+        visible = super().visible_steps(valid)
+        return np.minimum(visible, 2) if self.config.acting == "stream" else visible
+
+    def plan_chunks(
+        self,
+        batch: Mapping[str, Tensor],
+        slots: np.ndarray,
+        generators: Sequence[torch.Generator],
+        deterministic: bool,
+    ) -> Tensor:
+        """See :class:`~mail_agents.acting.Acting`; a stream goes on from the state of its slot."""
+        if self.config.acting == "window":
+            return super().plan_chunks(batch, slots, generators, deterministic)
+        policy, memory = cast(SequencePolicy, self.acting_policy), cast(Slots, self._slots)
+        if self._stream is None or self._stream[0] is not memory:
+            self._stream = (memory, policy.trunk.init_state(memory.n, self.device))
+        rows = torch.from_numpy(slots).to(self.device)
+        state = map_state(lambda part: part[rows], self._stream[1])
+        if batch["rtg"].shape[1] == 1:  # these slots start an episode
+            state = policy.trunk.init_state(len(slots), self.device)
+        chunk, state = policy.stream(batch, state)
+        kept = len(np.unique(slots))  # repeated rows come last
+        after = map_state(
+            lambda part, new: part.index_copy(0, rows[:kept], new[:kept]), self._stream[1], state
+        )
+        self._stream = (memory, after)
+        return chunk
+
+    #: What runs, and the trunk's state in each of its slots.
+    _stream: tuple[Slots, Any] | None = None
