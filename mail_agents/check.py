@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mail_agents.check_rules import RULES, NotApplicable, Subject, Violation
+from mail_agents.check_rules import RULES
+from mail_agents.check_subject import NotApplicable, Subject, Violation
 from mail_agents.data.example import example_features
 from mail_agents.features import FeatureSpec
 from mail_agents.registry import AgentSpec, spec

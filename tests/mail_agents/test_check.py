@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toybox.sequence import SequenceAgent, SequenceConfig, SequencePolicy
 
 from mail_agents import check_agent, registry
 from mail_agents.agent import Agent
@@ -240,6 +241,30 @@ class Impatient(Good):
             module._fitted = True
 
 
+class Aimless(SequencePolicy):
+    """Does not look at the return to aim for."""
+
+    def predict(self, batch, past_action):
+        return super().predict({**batch, "rtg": 0 * batch["rtg"]}, past_action)
+
+
+class Wide(SequencePolicy):
+    """Reads padded steps: those after the end of an episode, in training."""
+
+    def predict(self, batch, past_action):
+        return super().predict(batch, past_action) + batch["obs/state"].mean()
+
+
+class AimlessAgent(SequenceAgent):
+    def build_policy(self):
+        return Aimless(self.config, self.features)
+
+
+class WideAgent(SequenceAgent):
+    def build_policy(self):
+        return Wide(self.config, self.features)
+
+
 class LossySpec(AgentSpec):
     def to_json(self):
         return json.dumps({**json.loads(super().to_json()), "paper": ""})
@@ -282,9 +307,11 @@ BROKEN = {
     "partial reset": [(broken_agent(reset=reset_everything), "resetting slot 1 changes slot 0")],
     "plans every executed chunk": [(broken_agent(act=plan_always), "expected 3 per slot")],
     "past actions ignore future": [(broken_agent(act=reuse_buffer), "later observation")],
+    "target return matters": [(AimlessAgent, "opposite target returns")],
     "padded history ignored": [
         (broken_policy(predict=without_mask), "changes the loss"),
         (broken_policy(sample=sample_without_mask), "changes the actions"),
+        (WideAgent, "changes the loss"),
     ],
     "padded targets ignored": [(broken_policy(loss=unmasked_loss), "padded targets")],
     "mixers step like forward": [(broken_policy(mixer_class=WrongStep), "WrongStep.step differs")],
@@ -310,6 +337,8 @@ def registered(monkeypatch):
         for kind, base in (("agent", Agent), ("config", AgentConfig), ("spec", AgentSpec)):
             if issubclass(found, base):
                 kinds[kind] = found
+        if issubclass(found, SequenceAgent):
+            kinds["config"] = SequenceConfig
         for kind in ("agent", "config"):
             monkeypatch.setitem(globals(), f"Tested_{kind}", kinds[kind])
         spec = kinds["spec"](
@@ -329,8 +358,20 @@ def test_a_good_agent_passes_everything_that_concerns_it(registered):
     report = check_agent(registered(Good))
     assert report.ok, report
     skipped = {result.name for result in report.results if result.status == "skip"}
-    assert skipped <= {"other device"}
+    assert skipped <= {"other device", "target return matters"}
     assert len(report.results) == len(RULES)
+
+
+@pytest.mark.parametrize("padding", ["right", "left_legacy"])
+def test_a_good_return_conditioned_agent_of_segments_passes(registered, padding):
+    # Its warm-up is longer than the check.
+    overrides = {"padding": padding, "optim.warmup_steps": 10_000, "optim.lr": 0.003}
+    report = check_agent(registered(SequenceAgent), overrides=overrides)
+    assert report.ok, report
+    skipped = {result.name: result.detail for result in report.results if result.status == "skip"}
+    assert "target return matters" not in skipped
+    padded = {"padded history ignored", "padded targets ignored"}
+    assert skipped.keys() & padded == (padded if padding == "left_legacy" else set())
 
 
 def test_every_rule_has_an_agent_that_breaks_it():
