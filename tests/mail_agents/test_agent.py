@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from toybox.sequence import SequenceAgent, SequenceConfig
 from toybox.world import demonstrations
 
 from mail_agents.agent import Agent
@@ -631,6 +632,143 @@ def test_load_checks_the_class(tmp_path):
     assert type(agent).load(path).agent_id == "mean-action"
     with pytest.raises(InvalidInputError, match="holds a MeanActionAgent, not a MailAgent"):
         MailAgent.load(path)
+
+
+# ---- hooks of offline RL ---------------------------------------------------------------------
+
+
+def test_paddings_an_agent_does_not_know_are_refused_by_name():
+    with pytest.raises(
+        InvalidInputError, match=r"ProbeAgent cannot use padding='right'.*'edge', 'none'"
+    ):
+        probe(padding="right")
+    with pytest.raises(InvalidInputError, match=r"'edge'; valid here: 'right', 'left_legacy'"):
+        sequence(padding="edge")
+
+
+def sequence(features=FEATURES, **config):
+    units = {"state_norm": "identity", "action_norm": "identity"}
+    return SequenceAgent(SequenceConfig(**{**units, **config}), features, device="cpu")
+
+
+def spied(agent):
+    """What the policy of an agent is shown, plan by plan."""
+    seen, sample = [], agent.policy.sample
+
+    def spy(batch, *rest):
+        seen.append({key: value.clone() for key, value in batch.items()})
+        return sample(batch, *rest)
+
+    agent.policy.sample = spy
+    return seen
+
+
+def test_with_right_padding_the_policy_acts_on_the_steps_that_exist():
+    agent = sequence(history=3)
+    seen = spied(agent)
+    agent.reset([0], seed=0, target_return=10.0)
+    actions = []
+    for t in range(6):
+        actions.append(agent.act(obs(t))[0])
+        agent.step(1.0, False, False)
+    assert [batch["mask"].shape[1] for batch in seen] == [1, 2, 3, 3, 3, 3]
+    assert all(batch["mask"].all() for batch in seen)
+    assert [batch["rtg"][0].tolist() for batch in seen][:2] == [[10], [10, 9]]
+    last = seen[5]
+    assert last["rtg"][0].tolist() == [7, 6, 5]
+    assert last["timestep"][0].tolist() == [3, 4, 5]
+    np.testing.assert_array_equal(last["past_action"][0], np.stack(actions[3:5]).astype("f4"))
+
+
+def test_with_legacy_padding_the_policy_is_shown_the_whole_history():
+    agent = sequence(history=3, padding="left_legacy")
+    seen = spied(agent)
+    agent.reset([0], seed=0)
+    for t in range(3):
+        agent.act(obs(t))
+    assert [batch["mask"][0].tolist() for batch in seen] == [
+        [False, False, True],
+        [False, True, True],
+        [True, True, True],
+    ]
+
+
+def test_an_agent_may_show_the_policy_fewer_steps():
+    class Shy(ProbeAgent):
+        def visible_steps(self, valid):
+            return np.minimum(valid.sum(axis=1), 2)
+
+    agent = probe(history=5, cls=Shy)
+    agent.reset()
+    for t in range(4):
+        agent.act(obs(t))
+    assert [batch["obs/state"].shape[1] for batch in agent.policy.seen] == [1, 2, 2, 2]
+
+
+def test_an_agent_may_choose_its_own_target():
+    agent = sequence()
+    agent.resolve_target = lambda target: 40.0 if target is None else target / 2
+    seen = spied(agent)
+    agent.reset([0, 1], seed=0)
+    agent.act(obs(0, 0))
+    agent.reset([1], target_return=[10.0])
+    agent.act(obs(0), slots=[1])
+    assert seen[0]["rtg"].tolist() == [[40], [40]]
+    assert seen[1]["rtg"].tolist() == [[5]]
+    agent.reset()  # without slots, their number comes with the observation
+    agent.act(obs(0))
+    assert seen[2]["rtg"].tolist() == [[40]]
+
+
+def test_statistics_come_from_the_episodes_an_agent_learns_from():
+    class Choosy(ProbeAgent):
+        def training_episodes(self, dataset, episodes=None):
+            given = super().training_episodes(dataset, episodes)
+            returns = dataset.episode_returns[given]
+            return [given[int(np.argmax(returns))]]
+
+    dataset = MemoryDataset(demonstrations(6))
+    best = int(np.argmax(dataset.episode_returns))
+    others = [i for i in range(6) if i != best]
+    second = others[int(np.argmax(dataset.episode_returns[others]))]
+    for part, expected in ((None, best), (others, second)):
+        agent = Choosy(AgentConfig(), dataset.features, device="cpu")
+        agent.fit_statistics(dataset, part)
+        mean = agent.normalizers["obs/state"].offset.numpy()
+        actions = dataset.episode(expected).observations["state"][:-1]
+        np.testing.assert_allclose(mean, actions.mean(0), rtol=1e-5)
+    plain = ProbeAgent(AgentConfig(), dataset.features, device="cpu")
+    assert plain.training_episodes(dataset) == list(range(6))
+    assert plain.training_episodes(dataset, [4, 2]) == [4, 2]
+
+
+def test_every_update_is_told_after_it_is_counted():
+    told = []
+
+    class Told(ProbeAgent):
+        def on_update(self):
+            told.append((self.updates, self.policy.weight.item()))
+
+    agent = probe(cls=Told)
+    agent.configure_optim()
+    weights = []
+    for _ in range(3):
+        agent.update(batch(target=3.0))
+        weights.append(agent.policy.weight.item())
+    assert told == list(zip([1, 2, 3], weights, strict=True))
+
+
+def test_actions_are_scaled_by_the_box_of_the_action_space():
+    box = FeatureSpec(
+        FEATURES.observations, Feature("state", (1,), "float64", low=(0.0,), high=(4.0,))
+    )
+    agent = probe(box, action_norm="bounds")
+    assert agent.fitted  # no statistics are needed
+    agent.reset()
+    assert agent.act(obs(0.5)).tolist() == [[3.0]]
+    assert agent.prepare({"action": np.array([[[4.0]]])})["action"].tolist() == [[[1.0]]]
+    with pytest.raises(InvalidInputError, match=r"'action'.*finite.*'min_max'"):
+        probe(FEATURES, action_norm="bounds")
 
 
 # ---- any order of events ---------------------------------------------------------------------

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import mail_agents
 from mail_agents import checkpoint
+from mail_agents.agents import mail
 from mail_agents.checkpoint import (
     artifact_bytes,
     has_checkpoint,
@@ -448,6 +449,43 @@ def test_every_part_of_the_state_matters(tmp_path, part):
     restore_training_state(agent, {**state["agent"], part: other[part]})
     train(agent, 4, 9)
     assert artifact_bytes(agent) != artifact_bytes(original)
+
+
+def test_state_of_a_kind_of_its_own_is_part_of_the_checkpoint(tmp_path, monkeypatch):
+    class Lagging(mail.MailAgent):
+        """Training depends on a copy of the weights as they were at the last odd update."""
+
+        teacher: torch.Tensor | None = None
+
+        def on_update(self):
+            if self.updates % 2:
+                self.teacher = torch.cat([p.detach().flatten() for p in self.policy.parameters()])
+
+        def loss(self, batch):
+            loss, metrics = super().loss(batch)
+            scale = 1.0 if self.teacher is None else 1 + self.teacher.square().sum()
+            return loss * scale, metrics
+
+        def extra_training_state(self):
+            return {"teacher": self.teacher}
+
+        def load_extra_training_state(self, state):
+            self.teacher = state.get("teacher")
+
+    monkeypatch.setattr(mail, "MailAgent", Lagging)
+    original = saved(tmp_path)
+    assert isinstance(original, Lagging)
+    expected = train(original, 4, 9)
+    found = {}
+    for name in ("whole", "as written before"):
+        agent, state = load_checkpoint(last_checkpoint(tmp_path), device="cpu")
+        agent.configure_optim(20)
+        if name != "whole":
+            del state["agent"]["extra"]
+        restore_training_state(agent, state["agent"])
+        found[name] = train(agent, 4, 9)
+    assert found["whole"] == expected
+    assert found["as written before"] != expected
 
 
 def test_a_run_is_not_continued_on_another_kind_of_device(tmp_path):

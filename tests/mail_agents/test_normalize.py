@@ -132,3 +132,59 @@ def test_copies_keep_working(data):
 
     normalizer = copy.deepcopy(Normalizer("mean_std", (4,)).fit(statistics(data)))
     assert torch.isfinite(normalizer(torch.zeros(4))).all()
+
+
+# ---- the box of a space ----------------------------------------------------------------------
+
+
+@given(
+    low=st.floats(-100, 100, width=32),
+    width=st.floats(2**-6, 100, width=32),
+    value=st.floats(0, 1, width=32),
+)
+def test_the_box_of_a_space_becomes_minus_one_to_one(low, width, value):
+    high = low + width
+    normalizer = Normalizer("bounds", (2,), box=((low, -1.0), (high, 1.0)))
+    assert not normalizer.needs_statistics
+    corners = torch.tensor([[low, -1.0], [high, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(normalizer(corners), expected, rtol=0, atol=1e-3)
+    x = torch.tensor([[low + value * width, value]], dtype=torch.float32)
+    torch.testing.assert_close(normalizer.inverse(normalizer(x)), x, rtol=1e-5, atol=1e-4)
+
+
+def test_a_box_of_minus_one_to_one_changes_no_bit():
+    normalizer = Normalizer("bounds", (3,), box=((-1.0,) * 3, (1.0,) * 3))
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(normalizer(x), x)
+    assert torch.equal(normalizer.inverse(x), x)
+
+
+def test_the_box_does_not_depend_on_the_data_but_the_bounds_do(data):
+    normalizer = Normalizer("bounds", (4,), box=((-2.0,) * 4, (2.0,) * 4))
+    with pytest.raises(MissingStatisticsError):
+        normalizer.bounds()
+    normalizer.fit(statistics(data))
+    assert torch.equal(normalizer(torch.full((4,), 2.0)), torch.ones(4))
+    low, high = normalizer.bounds()
+    torch.testing.assert_close(low, torch.tensor(data.min(0) / 2, dtype=torch.float32))
+    torch.testing.assert_close(high, torch.tensor(data.max(0) / 2, dtype=torch.float32))
+    # A value that cannot move maps to zero and back.
+    still = Normalizer("bounds", (1,), box=((3.0,), (3.0,)))
+    assert still(torch.tensor([3.0])).item() == 0
+    assert still.inverse(torch.tensor([0.0])).item() == 3
+
+
+def test_box_normalisers_are_loaded_with_their_box():
+    normalizer = Normalizer("bounds", (1,), box=((0.0,), (4.0,)))
+    other = Normalizer("bounds", (1,), box=((-1.0,), (1.0,)))
+    other.load_state_dict(normalizer.state_dict())
+    assert other(torch.tensor([4.0])).item() == 1
+
+
+@pytest.mark.parametrize(
+    "box", [(None, None), ((-1.0,), None), ((-np.inf,), (1.0,)), ((1.0,), (-1.0,))]
+)
+def test_a_box_must_be_finite(box):
+    with pytest.raises(InvalidInputError, match=r"'act'.*finite.*'min_max'"):
+        Normalizer("bounds", (1,), "act", box)

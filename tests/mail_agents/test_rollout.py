@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toybox.sequence import SequenceAgent, SequenceConfig
 from toybox.world import ENV_ID, PointEnv, demonstrations
 
 import mail_agents
@@ -225,6 +226,17 @@ def test_the_target_return_is_given_to_every_episode(greedy, monkeypatch):
     monkeypatch.setattr(greedy.policy, "sample", spy)
     evaluate(greedy, lambda: Coin(slow=2), 4, seed=0, n_envs=2, target_return=5.0)
     assert seen == [[5, 5], [4, 4], [5, 5], [4, 4]]
+
+
+def test_the_target_is_part_of_every_result(greedy):
+    plain = evaluate(greedy, lambda: Coin(slow=2), 2)
+    assert [episode.target_return for episode in plain.episodes] == [None, None]
+    agent = SequenceAgent(SequenceConfig(), greedy.features, device="cpu")
+    agent.fit_statistics(MemoryDataset(demonstrations(2)))
+    for target, found in ((None, 0.0), (7.5, 7.5)):  # the agent's own is 0
+        evaluation = evaluate(agent, ENV_ID, 2, target_return=target)
+        assert {episode.target_return for episode in evaluation.episodes} == {found}
+        assert evaluation.protocol["target_return"] == found
 
 
 # ---- recording and callbacks -----------------------------------------------------------------

@@ -1,16 +1,21 @@
 """Evaluating on the worlds a dataset came from, and reading it back."""
 
+import json
+
 import gymnasium
 import numpy as np
 import pytest
-from toybox.world import ENV_ID, PointEnv
+from toybox.sequence import SequenceAgent, SequenceConfig
+from toybox.world import ENV_ID, PointEnv, demonstrations
 
 import mail_agents
+from mail_agents.data.dataset import MemoryDataset
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
 from mail_agents.suite import (
     World,
     completed_evaluations,
+    completed_targets,
     evaluate_worlds,
     evaluation_directory,
     recorded_videos,
@@ -90,6 +95,75 @@ def test_every_task_is_evaluated_saved_and_read_back(agent, tmp_path):
     )
     assert list(completed_evaluations(tmp_path, names)) == [20]
     assert completed_evaluations(tmp_path / "nowhere", names) == {}
+
+
+@pytest.fixture
+def seeker():
+    """An agent that aims for a return."""
+    agent = SequenceAgent(SequenceConfig(), FEATURES, device="cpu")
+    agent.fit_statistics(MemoryDataset(demonstrations(2)))
+    return agent
+
+
+def test_every_target_is_evaluated_and_the_first_is_the_headline(seeker, tmp_path):
+    worlds = [World("near/by", ENV_ID, {"terminate": True}), World("far", ENV_ID, {})]
+    said = []
+    directory = evaluation_directory(tmp_path, 20)
+    targets = (-1.0, 3600.0, 0.25)
+    found = evaluate_worlds(
+        seeker, worlds, 2, seed=1, directory=directory, target_returns=targets, say=said.append
+    )
+    assert [evaluation.protocol["target_return"] for evaluation in found.values()] == [-1, -1]
+    assert [line.partition(": ")[0] for line in said[:3]] == [
+        "near/by, target -1",
+        "near/by, target 3600",
+        "near/by, target 0.25",
+    ]
+    for name in ("near-by", "far"):
+        folders = sorted(path.name for path in (directory / name).iterdir() if path.is_dir())
+        assert folders == ["target-0.25", "target-3600"]
+    tasks = ["near/by", "far"]
+    (headline,) = completed_evaluations(tmp_path, tasks).values()
+    assert [task.task for task in headline] == tasks
+    assert {episode["target_return"] for task in headline for episode in task.episodes} == {-1.0}
+    others = completed_targets(tmp_path, 20, tasks)
+    assert list(others) == ["0.25", "3600"]
+    for name, results in others.items():
+        assert [task.task for task in results] == tasks
+        records = [episode for task in results for episode in task.episodes]
+        assert {episode["target_return"] for episode in records} == {float(name)}
+    # Of a killed run, only what every task has.
+    (directory / "far" / "target-3600" / "episodes.jsonl").unlink()
+    assert list(completed_targets(tmp_path, 20, tasks)) == ["0.25"]
+    assert completed_targets(tmp_path, 30, tasks) == {}
+
+
+def test_without_targets_the_agent_aims_for_its_own(seeker, tmp_path):
+    said = []
+    (found,) = evaluate_worlds(
+        seeker, [World("far", ENV_ID, {})], 2, seed=1, directory=tmp_path, say=said.append
+    ).values()
+    assert found.protocol["target_return"] == 0.0
+    assert said[0].startswith("far: ")
+    assert not [path for path in (tmp_path / "far").iterdir() if path.is_dir()]
+
+
+def test_targets_that_cannot_be_meant(agent, seeker):
+    worlds = [World("far", ENV_ID, {})]
+    with pytest.raises(InvalidInputError, match=r"'random' does not use target returns"):
+        evaluate_worlds(agent, worlds, 1, seed=0, target_returns=[1.0])
+    for targets in ([1.0, 1.0], [1.0, 1.0000001], [float("nan")], [float("inf")]):
+        with pytest.raises(InvalidInputError, match="finite and differ"):
+            evaluate_worlds(seeker, worlds, 1, seed=0, target_returns=targets)
+
+
+def test_the_saved_protocol_says_how_the_world_was_made(agent, tmp_path):
+    world = World("far", ENV_ID, {"size": 2, "terminate": True}, max_steps=3)
+    evaluate_worlds(agent, [world], 1, seed=0, directory=tmp_path, videos=1)
+    protocol = json.loads((tmp_path / "far" / "summary.json").read_text())["protocol"]
+    assert protocol["env"] == ENV_ID.partition(":")[2]
+    assert protocol["env_kwargs"] == {"size": 2, "terminate": True}
+    assert protocol["max_steps"] == 3
 
 
 def test_nothing_is_written_without_a_directory(agent, tmp_path, monkeypatch):

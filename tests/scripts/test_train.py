@@ -50,6 +50,11 @@ def test_help_shows_the_flags_of_the_chosen_agent(train):
         (("--resume", "nowhere"), 1, ["Cannot resume nowhere", "arguments.json"]),
         ((*TINY, "--dataset", "{point}", "--validation", 1.5), 1, ["error: ", "1.5"]),
         ((*TINY, "--dataset", "{point}", "--device", "warp"), 1, ["error: ", "'warp'"]),
+        (
+            (*TINY, "--dataset", "{point}", "--target-returns", 1, 2),
+            1,
+            ["error: ", "'mail/d-ma-bc' does not use target returns"],
+        ),
     ],
 )
 def test_mistakes_are_explained_without_a_traceback(train, point_dataset, arguments, code, words):
@@ -151,6 +156,38 @@ def test_a_reference_agent_takes_statistics_only(train, tmp_path, point_dataset)
     (result,) = load_results(tmp_path / "mean" / "result.json")
     assert (result.parameters, result.train_steps, result.curve) == (0, 0, [])
     assert result.evaluations["last"][0].n == 2
+
+
+SEQUENCE = """
+import mail_agents
+mail_agents.register(
+    "toybox/sequence",
+    entry_point="toybox.sequence:SequenceAgent",
+    config_entry_point="toybox.sequence:SequenceConfig",
+)
+"""
+
+
+def test_a_return_conditioned_agent_is_evaluated_at_every_target(train, tmp_path, point_dataset):
+    run = tmp_path / "run"
+    code, output = train(
+        *("--agent", "toybox/sequence", "--dataset", point_dataset, "--output", run),
+        *("--steps", 4, "--eval-episodes", 2, "--eval-every", 2, "--device", "cpu"),
+        *("--target-returns", -2, 1.5),
+        prelude=SEQUENCE,
+    )
+    assert code == 0, output
+    assert output.count("point, target -2: ") == output.count("point, target 1.5: ") == 2
+    for step in (2, 4):
+        further = run / "eval" / f"step-{step:08d}" / "point" / "target-1.5" / "episodes.jsonl"
+        rows = [json.loads(line) for line in further.read_text().splitlines()]
+        assert [row["target_return"] for row in rows] == [1.5, 1.5]
+    (result,) = load_results(run / "result.json")
+    assert [e["target_return"] for e in result.evaluations["last"][0].episodes] == [-2, -2]
+    # A resumed run has the same targets.
+    code, output = train("--resume", run, "--steps", 5, prelude=SEQUENCE)
+    assert code == 0, output
+    assert "point, target 1.5: " in output
 
 
 def test_a_dataset_without_worlds_is_refused_before_training(train, tmp_path):
