@@ -1,7 +1,9 @@
 """Writing a dataset in D4RL's HDF5 layout, for code that reads nothing else."""
 
+import contextlib
 import json
 import os
+import shutil
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -48,16 +50,18 @@ def write_d4rl(dataset: TrajectoryDataset, path: str | os.PathLike[str]) -> Path
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(path.parent, dataset, key)
         with h5py.File(partial, "w") as file:
             _write(file, dataset, key)
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # HDF5 raises either when the disk is full
         raise StorageError(
             f"Cannot write {path}, nothing was put there: {error}. Free space or choose another "
             "place, then run the command again."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return path
 
 
@@ -74,6 +78,16 @@ def _only_key(dataset: TrajectoryDataset) -> str:
             f"of shape {action.shape}. Write the dataset in Minari's format instead."
         )
     return keys[0]
+
+
+def _check_space(folder: Path, dataset: TrajectoryDataset, key: str) -> None:
+    """Refuses early: HDF5 may crash the interpreter after running out of space."""
+    episode = dataset.episode(0)
+    columns = [*_columns(episode, key).values(), *episode.infos.values()]
+    needed = sum(values.nbytes for values in columns) * dataset.info.n_steps // len(episode)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"up to {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
 
 
 def _write(file: h5py.File, dataset: TrajectoryDataset, key: str) -> None:
