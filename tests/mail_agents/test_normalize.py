@@ -137,6 +137,7 @@ def test_copies_keep_working(data):
 # ---- the box of a space ----------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     low=st.floats(-100, 100, width=32),
     width=st.floats(2**-6, 100, width=32),
