@@ -27,7 +27,7 @@ def state_size(features: FeatureSpec) -> int:
 def state_vectors(batch: Batch, keys: Sequence[str]) -> Tensor:
     """Concatenates observations ``(B, L, ...)`` to state vectors ``(B, L, S)``."""
     parts = [batch[f"obs/{key}"] for key in keys]
-    return torch.cat([part.float().reshape(*part.shape[:2], -1) for part in parts], dim=-1)
+    return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], dim=-1)
 
 
 class OfflinePolicy(Policy):

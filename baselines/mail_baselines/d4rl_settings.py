@@ -1,0 +1,143 @@
+"""How published sequence models were set up on D4RL: context, scale of returns, target returns.
+
+Sources: ``gym/experiment.py`` of github.com/kzl/decision-transformer ("kzl"),
+``configs/offline/dt`` of github.com/corl-team/CORL ("corl"), ``experiment-d4rl/experiment.py`` of
+github.com/aopolin-lv/DecisionMamba ("dm") and ``gym/util/trainer.py`` and ``run_experiments.sh`` of
+github.com/Toshihiro-Ota/decision-mamba ("ota"). Targets are raw returns; the first of each source
+is its headline. Published scores differ in which target they quote, so name it beside a score.
+
+One value is ours: Adroit returns are divided by 1000, where CORL feeds returns of 10,000 unscaled.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mail_agents.errors import unknown_name
+
+Targets = Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class D4RLSetting:
+    """Settings of one dataset.
+
+    Attributes:
+        targets: Target returns by source.
+        return_scale: Returns are divided by this.
+        history: Steps of context.
+        max_timestep: Longest episode.
+        decision_mamba: Config overrides of the published plain Decision Mamba for this dataset.
+    """
+
+    targets: Targets = field(default_factory=dict)
+    return_scale: float = 1000.0
+    history: int = 20
+    max_timestep: int = 1000
+    decision_mamba: Mapping[str, Any] = field(default_factory=dict)
+
+    def overrides(self, agent_id: str) -> dict[str, Any]:
+        """Config overrides that set a sequence agent up for this dataset."""
+        # CORL's table of times reaches one window past the episode.
+        past_end = self.history if agent_id == "dt-corl" else 0
+        out: dict[str, Any] = {
+            "history": self.history,
+            "return_scale": self.return_scale,
+            "max_timestep": self.max_timestep + past_end,
+        }
+        return out | (dict(self.decision_mamba) if agent_id.startswith("decision-mamba") else {})
+
+
+_CHEETAH_MIXED = (12000.0, 8000.0, 6000.0, 4500.0)
+_PLAY = {"corl": (1.0, 0.5)}
+_DIVERSE = {"corl": (1.0, 0.5, 0.25, 0.125, 0.06, 0.03)}
+
+#: By domain; :data:`_DATASETS` replaces the targets of single datasets.
+_DOMAINS: dict[str, D4RLSetting] = {
+    "hopper": D4RLSetting(
+        {
+            "kzl": (3600.0, 1800.0),
+            "corl": (3600.0, 1800.0),
+            "dm": (3600.0,),
+            "ota": (1800.0, 3600.0, 7200.0, 36000.0, 72000.0),
+        }
+    ),
+    "halfcheetah": D4RLSetting(
+        {
+            "kzl": (12000.0, 6000.0),
+            "corl": (12000.0, 6000.0),
+            "dm": _CHEETAH_MIXED,
+            "ota": (6000.0, 12000.0, 24000.0, 120000.0, 240000.0),
+        }
+    ),
+    "walker2d": D4RLSetting(
+        {
+            "kzl": (5000.0, 2500.0),
+            "corl": (5000.0, 2500.0),
+            "dm": (5000.0,),
+            "ota": (2500.0, 5000.0, 10000.0, 50000.0, 100000.0),
+        }
+    ),
+    "reacher2d": D4RLSetting(
+        {"kzl": (76.0, 40.0), "dm": (76.0, 40.0)}, return_scale=10.0, history=5, max_timestep=100
+    ),
+    "ant": D4RLSetting({"dm": (3600.0, 6000.0)}),
+    "antmaze": D4RLSetting(return_scale=1.0),
+    "kitchen": D4RLSetting({"dm": (5.0, 4.0, 3.0, 2.0, 1.0)}, return_scale=1.0),
+    "pen": D4RLSetting({"corl": (3100.0, 1550.0)}),
+    "door": D4RLSetting({"corl": (2900.0, 1450.0)}),
+    "hammer": D4RLSetting({"corl": (12800.0, 6400.0)}),
+    "relocate": D4RLSetting({"corl": (4300.0, 2150.0)}),
+    "maze2d": D4RLSetting({"corl": (280.0, 140.0)}, return_scale=1.0),
+}
+
+#: Targets of single datasets, over those of the domain.
+_DATASETS: dict[tuple[str, str], Targets] = {
+    ("halfcheetah", "medium-expert"): {"dm": (12000.0,)},
+    ("antmaze", "umaze"): {**_PLAY, "dm": (5.0,)},
+    ("antmaze", "umaze-diverse"): {**_DIVERSE, "dm": (20.0,)},
+    ("antmaze", "medium-play"): _PLAY,
+    ("antmaze", "large-play"): _PLAY,
+    ("antmaze", "medium-diverse"): _DIVERSE,
+    ("antmaze", "large-diverse"): _DIVERSE,
+}
+
+#: Width and learning rate of the plain Decision Mamba; others keep the preset's.
+_WIDE = {"d_model": 256, "optim.lr": 1e-4}
+_FAST = {"d_model": 128, "optim.lr": 1e-3}
+_DECISION_MAMBA: dict[tuple[str, str], dict[str, Any]] = {
+    ("hopper", "medium"): _WIDE,
+    ("hopper", "medium-replay"): _WIDE,
+    ("hopper", "medium-expert"): _FAST,
+    **{("halfcheetah", kind): _FAST for kind in ("medium", "medium-replay", "medium-expert")},
+    ("walker2d", "medium"): {"d_model": 128, "optim.lr": 1e-4},
+    ("walker2d", "medium-replay"): _FAST,
+    ("walker2d", "medium-expert"): _FAST,
+}
+
+
+def d4rl_setting(name: str) -> D4RLSetting:
+    """Looks the settings of a dataset or environment up.
+
+    Args:
+        name: For example ``"hopper-medium-v2"``, ``"hopper"``, ``"Hopper-v4"`` or
+            ``"D4RL/pen/human-v2"``.
+
+    Raises:
+        UnknownNameError: No source has settings for this domain.
+    """
+    words = [word for word in re.split(r"[/_:-]", name.lower()) if word != "d4rl"]
+    domain = next((word for word in words if word in _DOMAINS), None)
+    if domain is None:
+        hint = f"(Looked for in {name!r}; without settings, set the fields of the config instead.)"
+        raise unknown_name("D4RL domain", (words or [name])[0], _DOMAINS, hint)
+    kind = "-".join(w for w in words[words.index(domain) + 1 :] if not re.fullmatch(r"v\d+", w))
+    found = _DOMAINS[domain]
+    return D4RLSetting(
+        targets={**found.targets, **_DATASETS.get((domain, kind), {})},
+        return_scale=found.return_scale,
+        history=found.history,
+        max_timestep=found.max_timestep,
+        decision_mamba=_DECISION_MAMBA.get((domain, kind), {}),
+    )
