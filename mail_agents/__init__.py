@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mail_agents.checkpoint import load_agent as load
     from mail_agents.data.dataset import MemoryDataset
     from mail_agents.data.episode import Episode
+    from mail_agents.data.segments import SegmentSpec
     from mail_agents.data.store import open_dataset, write_dataset
     from mail_agents.data.windows import WindowSpec
     from mail_agents.policy import Policy
@@ -31,6 +32,7 @@ _LAZY = {
     "Policy": "mail_agents.policy:Policy",
     "Episode": "mail_agents.data.episode:Episode",
     "MemoryDataset": "mail_agents.data.dataset:MemoryDataset",
+    "SegmentSpec": "mail_agents.data.segments:SegmentSpec",
     "WindowSpec": "mail_agents.data.windows:WindowSpec",
     "check_agent": "mail_agents.check:check_agent",
     "evaluate": "mail_agents.rollout:evaluate",
@@ -47,6 +49,7 @@ __all__ = [
     "FeatureSpec",
     "MemoryDataset",
     "Policy",
+    "SegmentSpec",
     "WindowSpec",
     "check_agent",
     "evaluate",

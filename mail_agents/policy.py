@@ -17,7 +17,9 @@ class Policy(nn.Module, ABC):
     Batch keys (batch first): ``obs/<key>`` ``(B, H, ...)`` normalised floats (images are uint8),
     ``mask`` ``(B, H)`` bool valid history, ``task_emb`` ``(B, E)`` for language-conditioned agents,
     ``past_action`` ``(B, H-1, A)``, ``rtg`` and ``timestep`` ``(B, H)``; for :meth:`loss` also
-    ``action`` ``(B, J, A)`` normalised targets and ``action_mask`` ``(B, J)``.
+    ``action`` ``(B, J, A)`` normalised targets and ``action_mask`` ``(B, J)``. Agents that train on
+    segments of trajectories have H = J = K steps in :meth:`loss`, see
+    :class:`~mail_agents.data.segments.SegmentView`.
     """
 
     @abstractmethod
