@@ -189,8 +189,8 @@ class Agent(Acting):
         """
         self.features.check(dataset.features, that=f"dataset {dataset.info.name!r}")
         chosen = self.training_episodes(dataset, episodes)
-        # Statistics of the whole dataset are stored with it.
-        whole = episodes is None and len(chosen) == len(dataset)
+        # Statistics of the whole dataset are stored with it, equal to the last bit.
+        whole = chosen == list(range(len(dataset)))
         self.set_statistics(dataset.stats(None if whole else chosen), dataset.info.tasks)
         self.provenance["dataset"] = {
             "name": dataset.info.name,
