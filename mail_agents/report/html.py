@@ -8,9 +8,10 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from mail_agents.report import charts, summary, tables
+from mail_agents.report import sections, summary, tables
+from mail_agents.report.published import PublishedTable
 from mail_agents.report.results import RunResult, Video, agents_of, task_names
-from mail_agents.report.tables import Rows
+from mail_agents.report.settings import settings_of
 from mail_agents.storage import write_atomic
 
 # A page much larger than this opens slowly and cannot be mailed.
@@ -26,6 +27,7 @@ def write_report(
     protocol: Mapping[str, Any] | None = None,
     commands: Sequence[str] = (),
     notes: Sequence[str] = (),
+    published: Sequence[PublishedTable] = (),
 ) -> Path:
     """Writes the comparison as one self-contained page.
 
@@ -38,6 +40,7 @@ def write_report(
         commands: Commands that reproduce the page.
         notes: Sentences a reader must know before believing the numbers, such as "the networks have
             4 blocks instead of the paper's 8". They stand directly below the headline.
+        published: Tables of others; those that know one of the datasets stand in a section apart.
 
     Returns:
         The path.
@@ -54,12 +57,15 @@ def write_report(
         *(f'<p class="warning">{escape(note)}</p>' for note in notes),
         _facts(results),
         "</header>",
-        _scores(results),
-        _table_section(results),
-        _pairs(results),
-        _starts(results),
+        sections.scores(results),
+        sections.numbers(results),
+        sections.targets(results),
+        sections.profile(results),
+        sections.pairs(results),
+        sections.starts(results),
         _videos(results),
-        _curves(results),
+        sections.published(results, published),
+        sections.curves(results),
         _protocol(results, protocol or {}, commands),
     ]
     style = resources.files("mail_agents.report").joinpath("report.css").read_text("utf-8")
@@ -107,89 +113,16 @@ def _facts(results: Sequence[RunResult]) -> str:
     episodes = sum(task.n for run in results for task in run.tasks())
     training = sum(run.train_seconds for run in results)
     seeds = len({run.seed for run in results})
+    number, _, what = summary.noun(settings_of(results)).partition(" ")
     facts = {
         "agents": str(len(groups)),
-        "tasks": str(len(task_names(results))),
+        what if what.endswith("s") else f"{what}s": number,
         "training seeds": str(seeds),
         "evaluation episodes": f"{episodes:,}",
         "training time, all agents": tables.duration(training),
     }
     items = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
     return f'<dl class="facts">{items}</dl>'
-
-
-def _scores(results: Sequence[RunResult]) -> str:
-    names: list[str | None] = list(task_names(results))
-    if len(names) > 1:
-        names.insert(0, None)
-    panels = "".join(charts.score_panel(results, name) for name in names)
-    success = summary.is_success(results)
-    what = "Success on unseen starts" if success else "Return on unseen starts"
-    return (
-        f"<section><h2>{what}</h2>"
-        '<p class="note">The line on each bar is the 95 % interval: the range in which the true '
-        "value plausibly lies, given this many episodes. Where intervals overlap widely, do not "
-        f'read a ranking into the bars.</p><div class="panels">{panels}</div></section>'
-    )
-
-
-def _table_section(results: Sequence[RunResult]) -> str:
-    names = list(dict.fromkeys(name for run in results for name in run.evaluations))
-    blocks = []
-    for name in names:
-        evaluated = [run for run in results if name in run.evaluations]
-        heading = f"<h3>Checkpoint: {escape(name)}</h3>" if len(names) > 1 else ""
-        blocks.append(heading + _table(tables.score_rows(evaluated, name), evaluated))
-    note = (
-        "Brackets hold the 95 % interval: Wilson's for success rates, bootstrap for returns. Bold "
-        "is the best of its column. Episodes of different training seeds are pooled; the "
-        "interquartile mean (IQM), where shown, resamples seeds within tasks."
-    )
-    body = "".join(blocks)
-    return f'<section><h2>All numbers</h2><p class="note">{note}</p>{body}</section>'
-
-
-def _pairs(results: Sequence[RunResult]) -> str:
-    found = summary.pairs(results)
-    if not found:
-        return ""
-    sentences = "".join(f"<li>{escape(summary.verdict(pair))}</li>" for pair in found if pair.twin)
-    note = (
-        "Both agents of a pair met exactly the same starts, so only the episodes where they differ "
-        "carry information. p is McNemar's exact test, corrected for the number of pairs (Holm); "
-        "the interval is the adjusted Wald interval for paired rates and is not corrected. A twin "
-        "has a Transformer in place of Mamba; sizes are in the table above. The leader was picked "
-        "by these same episodes, which flatters its other comparisons a little."
-    )
-    return (
-        f'<section><h2>Head to head</h2><p class="note">{note}</p>'
-        f'<ul class="verdicts">{sentences}</ul>{_table(tables.pair_rows(results), ())}</section>'
-    )
-
-
-def _starts(results: Sequence[RunResult]) -> str:
-    if not summary.is_success(results):
-        return ""
-    panels = "".join(charts.start_panel(results, task) for task in task_names(results))
-    return (
-        "<section><h2>Which starts are hard</h2>"
-        '<p class="note">One square per evaluation episode, in the same order for every agent, and '
-        "a line per training seed: filled is solved, empty is not. A column that is empty "
-        "throughout is a start that nobody solved.</p>"
-        f'<div class="panels narrow">{panels}</div></section>'
-    )
-
-
-def _curves(results: Sequence[RunResult]) -> str:
-    panels = charts.curve_panels(results)
-    if not panels:
-        return ""
-    return (
-        "<section><h2>Training</h2>"
-        '<p class="note">Training loss against updates, smoothed; with several seeds, their mean '
-        "and range. Different objectives have different losses, so they do not share axes, and a "
-        f'lower loss is not a better agent.</p><div class="curves">{panels}</div></section>'
-    )
 
 
 def _videos(results: Sequence[RunResult]) -> str:
@@ -210,11 +143,8 @@ def _videos(results: Sequence[RunResult]) -> str:
     if not blocks and not left_out:
         return ""
     missing = f"{left_out} video(s) are missing or too large to embed." if left_out else ""
-    return (
-        "<section><h2>Rollouts</h2>"
-        '<p class="note">Evaluation episodes as they were scored; a failure is shown where there '
-        f"was one. {missing}</p>{''.join(blocks)}</section>"
-    )
+    note = "Evaluation episodes as they were scored; a failure is shown where there was one."
+    return sections.section("Rollouts", f"{note} {missing}".strip(), "".join(blocks))
 
 
 def _card(run: RunResult, video: Video, data: bytes) -> str:
@@ -249,6 +179,9 @@ def _protocol(
         "checkpoint": ", ".join(dict.fromkeys(n for r in results for n in r.evaluations)),
         "episodes per task and run": _span([t.n for run in results for t in run.tasks()]),
         "initial states": f"{len(seeds)} environment seeds, {seeds[0]} to {seeds[-1]}",
+        **{
+            f"references of {s.name}": str(s.reference) for s in settings_of(results) if s.reference
+        },
         **extra,
     }
     for label, runs in groups.items():
@@ -275,26 +208,4 @@ def _describe(runs: Sequence[RunResult]) -> str:
     ]
     return ", ".join(
         [run.agent, f"{parameters} parameters", f"{updates} updates in {seconds}", *chunk]
-    )
-
-
-def _table(table: Rows, results: Sequence[RunResult]) -> str:
-    """Renders rows; with ``results``, each first cell carries its agent's colour."""
-    tags = {label: i for i, label in enumerate(agents_of(results))} if results else {}
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
-    rows = []
-    for i, row in enumerate(table.rows):
-        cells = []
-        for j, cell in enumerate(row):
-            main, bracket, interval = escape(cell).partition(" [")
-            text = f"{main} <small>[{interval}</small>" if bracket else main
-            if j == 0 and cell in tags:
-                text = f'<span class="key" style="background: var(--a{tags[cell]})"></span>{text}'
-            best = ' class="best"' if (i, j) in table.best else ""
-            cells.append(f"<td{best}>{text}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    body = "".join(rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
     )

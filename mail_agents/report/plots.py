@@ -1,4 +1,4 @@
-"""Figures as PNG: success bars with intervals, and training curves.
+"""Figures as PNG: score bars with intervals, performance profiles and training curves.
 
 Colours follow :func:`mail_agents.report.summary.colours`: an agent has one colour everywhere.
 """
@@ -11,16 +11,22 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mail_agents.report import stats, summary
-from mail_agents.report.results import RunResult, agents_of, task_names
+from mail_agents.report import estimates, summary
+from mail_agents.report.curves import curves, profiles
+from mail_agents.report.results import RunResult, agents_of
+from mail_agents.report.settings import Setting, averageable, overall_measure, settings_of
 
 _INK, _FAINT = "#22262b", "#d5d9de"
+_COLUMNS = 4
 
 
 def success_bars(
     results: Sequence[RunResult], path: str | Path, *, which: str = "last", title: str = ""
 ) -> Path:
-    """Draws a panel per task with a bar per agent, its 95 % interval, and the score beside it.
+    """Draws a panel per setting with a bar per agent, its interval, and the score beside it.
+
+    Bars are success rates with their 95 % interval, or normalised scores or returns with the
+    standard deviation over training seeds (of a single seed, the 95 % interval over episodes).
 
     Args:
         results: Runs evaluated under ``which``.
@@ -32,20 +38,58 @@ def success_bars(
         The path.
     """
     groups, tints = agents_of(results), summary.colours(results)
-    tasks = task_names(results, which)
-    success = summary.is_success(results, which)
-    names = [*tasks, None] if len(tasks) > 1 else tasks
-    columns = min(len(names), 4)
-    lines = -(-len(names) // columns)
+    settings = settings_of(results, which)
+    success = overall_measure(settings) == "success"
+    panels: list[Setting | None] = [*settings]
+    if len(settings) > 1 and averageable(settings):
+        panels.append(None)
+    columns = min(len(panels), _COLUMNS)
+    lines = -(-len(panels) // columns)
     figure = _figure(3.1 * columns + 1.2, (0.42 * len(groups) + 0.75) * lines + 0.4 * bool(title))
     axes = figure.subplots(lines, columns, squeeze=False, sharex=success)
-    for spare in axes.flat[len(names) :]:
+    for spare in axes.flat[len(panels) :]:
         spare.set_visible(False)
-    for position, (task, ax) in enumerate(zip(names, axes.flat, strict=False)):
-        _bars(ax, groups, tints, task, which, success)
-        ax.set_title(task or "all tasks", loc="left", fontsize=10, weight="bold", color=_INK)
+    for position, (setting, ax) in enumerate(zip(panels, axes.flat, strict=False)):
+        _bars(ax, groups, tints, setting, settings, which)
+        everything = "all tasks" if success else "average"
+        heading = everything if setting is None else setting.name
+        ax.set_title(heading, loc="left", fontsize=10, weight="bold", color=_INK)
         labels = list(groups) if position % columns == 0 else [""] * len(groups)
         ax.set_yticks(range(len(groups)), labels, fontsize=9, color=_INK)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK)
+    return _save(figure, path)
+
+
+def performance_profiles(
+    results: Sequence[RunResult], path: str | Path, *, title: str = ""
+) -> Path | None:
+    """Draws the share of runs that score more than each threshold, with 95 % bootstrap bands.
+
+    Args:
+        results: Runs with normalised scores.
+        path: PNG file to write; its folder is made.
+        title: Written above the panel.
+
+    Returns:
+        The path; None, with nothing written, when there are no profiles to draw (see
+        :func:`~mail_agents.report.curves.profiles`).
+    """
+    grid, found = profiles(results)
+    if not found:
+        return None
+    tints = summary.colours(results)
+    figure = _figure(7.2, 4.0)
+    ax = figure.subplots()
+    for label, (share, low, high) in found.items():
+        ax.plot(grid, 100 * share, color=tints[label], linewidth=1.8, label=label)
+        ax.fill_between(grid, 100 * low, 100 * high, color=tints[label], alpha=0.15, linewidth=0)
+    ax.set_xlabel("normalised score", fontsize=9)
+    ax.set_title("% of runs that score more", loc="left", fontsize=10, weight="bold", color=_INK)
+    ax.set_ylim(0, 102)
+    ax.grid(axis="y", color=_FAINT, linewidth=0.6)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _plain_frame(ax)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK)
     return _save(figure, path)
@@ -54,7 +98,8 @@ def success_bars(
 def learning_curves(results: Sequence[RunResult], path: str | Path, *, title: str = "") -> Path:
     """Draws the training loss against updates: mean over seeds, and the range they span as a band.
 
-    Losses with different ``curve_label`` do not share axes, because their sizes cannot be compared.
+    Losses with different ``curve_label`` or of different datasets do not share axes, because their
+    sizes cannot be compared.
 
     Args:
         results: Runs; those without a curve are left out.
@@ -66,8 +111,12 @@ def learning_curves(results: Sequence[RunResult], path: str | Path, *, title: st
     """
     tints = summary.colours(results)
     panels = curves(results)
-    figure = _figure(4.6 * max(1, len(panels)), 3.2)
-    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    columns = max(1, min(len(panels), _COLUMNS))
+    lines_of_panels = max(1, -(-len(panels) // columns))
+    figure = _figure(4.6 * columns, 3.2 * lines_of_panels)
+    axes = list(figure.subplots(lines_of_panels, columns, squeeze=False).flat)
+    for spare in axes[max(1, len(panels)) :]:
+        spare.set_visible(False)
     for ax, (name, lines) in zip(axes, panels.items(), strict=False):
         for label, (steps, losses) in lines.items():
             mean = losses.mean(axis=0)
@@ -90,55 +139,29 @@ def learning_curves(results: Sequence[RunResult], path: str | Path, *, title: st
     return _save(figure, path)
 
 
-def curves(
-    results: Sequence[RunResult], points: int = 80
-) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Training curves on one grid per agent: ``{curve label: {label: (steps, losses)}}``.
-
-    Returns:
-        ``steps`` has shape ``(P,)`` with P at most ``points``; ``losses`` has shape ``(seeds, P)``.
-        Each loss is the mean of its neighbourhood, so that thinning does not pick lucky batches.
-    """
-    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for label, runs in agents_of(results).items():
-        lines = [np.asarray(run.curve, np.float64) for run in runs if len(run.curve) > 1]
-        if not lines:
-            continue
-        start, end = max(c[0, 0] for c in lines), min(c[-1, 0] for c in lines)
-        count = min(points, *(len(line) for line in lines))
-        grid = np.linspace(start, end, count)
-        losses = np.stack([_smooth(line, grid) for line in lines])
-        panels.setdefault(runs[0].curve_label, {})[label] = (grid, losses)
-    return panels
-
-
-def _smooth(curve: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Means of a ``(N, 2)`` curve over windows two grid cells wide, sampled at ``grid``."""
-    if len(grid) >= len(curve):
-        return np.interp(grid, curve[:, 0], curve[:, 1])
-    half = (grid[-1] - grid[0]) / (len(grid) - 1)
-    near = np.abs(curve[:, 0] - grid[:, None]) <= half
-    return (near @ curve[:, 1]) / near.sum(axis=1)
-
-
 def _bars(
     ax: Axes,
     groups: dict[str, list[RunResult]],
     tints: dict[str, str],
-    task: str | None,
+    setting: Setting | None,
+    settings: Sequence[Setting],
     which: str,
-    success: bool,
 ) -> None:
+    measure = overall_measure(settings) if setting is None else setting.measure
+    success = measure == "success"
     scale = 100.0 if success else 1.0
     for row, (label, runs) in enumerate(groups.items()):
-        if task is not None and all(t.task != task for run in runs for t in run.tasks(which)):
-            ax.text(0, row, " not run", va="center", fontsize=8, color=_INK)
+        if setting is None:
+            estimate, missing = estimates.overall(runs, settings, which), " incomplete"
+        else:
+            estimate, missing = estimates.estimate(runs, setting, which), " not run"
+        if estimate is None:
+            ax.text(0, row, missing, va="center", fontsize=8, color=_INK)
             continue
-        estimate = stats.summarise(runs, task, which)
         value, low, high = (scale * x for x in (estimate.value, estimate.low, estimate.high))
         ax.barh(row, value, color=tints[label], height=0.62)
         ax.plot([low, high], [row, row], color=_INK, linewidth=1.3, solid_capstyle="butt")
-        text = summary.format_score(estimate, success, interval=False)
+        text = summary.format_score(estimate, measure, interval=False)
         ax.text(max(high, value), row, f" {text}", va="center", fontsize=9, color=_INK)
     ax.invert_yaxis()
     if success:

@@ -13,10 +13,13 @@ from typing import Any
 import dacite
 
 from mail_agents.errors import CorruptFileError, InvalidInputError
+from mail_agents.report.scores import Reference
 from mail_agents.storage import write_atomic
 
 _FORMAT = "mail-agents-results"
-_FORMAT_VERSION = 1
+#: 2 added references, target_returns and targets; version 1 is read as having none.
+_FORMAT_VERSION = 2
+_READABLE = (1, 2)
 _EPISODE_KEYS = ("index", "seed", "success", "episode_return", "length")
 
 
@@ -103,6 +106,10 @@ class RunResult:
             with one result per task.
         config: The agent's configuration.
         videos: Recorded episodes.
+        references: What normalises the returns of a task, by task; from the dataset.
+        target_returns: Returns the agent was asked for, the first of which ``evaluations`` are
+            about; empty for an agent without targets, and for one that chose its own.
+        targets: The last evaluation under each of the other targets, by target (``"1800"``).
     """
 
     agent: str
@@ -117,6 +124,9 @@ class RunResult:
     evaluations: dict[str, list[TaskResult]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     videos: list[Video] = field(default_factory=list)
+    references: dict[str, Reference] = field(default_factory=dict)
+    target_returns: list[float] = field(default_factory=list)
+    targets: dict[str, list[TaskResult]] = field(default_factory=dict)
 
     def tasks(self, which: str = "last") -> list[TaskResult]:
         """The task results of one evaluation.
@@ -130,6 +140,12 @@ class RunResult:
                 f"{', '.join(self.evaluations) or 'none'}."
             )
         return self.evaluations[which]
+
+    def by_target(self) -> dict[str, list[TaskResult]]:
+        """The last evaluation under every target, the headline's first; empty without targets."""
+        if not self.target_returns or "last" not in self.evaluations:
+            return {}
+        return {f"{self.target_returns[0]:g}": self.evaluations["last"], **self.targets}
 
 
 def group_by_task(episodes: Iterable[Any]) -> list[TaskResult]:
@@ -206,10 +222,10 @@ def load_results(path: str | Path) -> list[RunResult]:
         raise CorruptFileError(f"Cannot read results from {path}: {error}. {remedy}") from error
     if not isinstance(document, dict) or document.get("format") != _FORMAT:
         raise CorruptFileError(f"{path} is not a results file of mail-agents. {remedy}")
-    if document.get("version") != _FORMAT_VERSION:
+    if document.get("version") not in _READABLE:
         raise CorruptFileError(
-            f"{path} has results version {document.get('version')}; this release reads version "
-            f"{_FORMAT_VERSION}. {remedy}"
+            f"{path} has results version {document.get('version')}; this release reads versions "
+            f"{', '.join(map(str, _READABLE))}. {remedy}"
         )
     # JSON has no tuples: curve points come back as lists.
     config = dacite.Config(strict=True, cast=[tuple])

@@ -10,21 +10,28 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri
-from scipy.stats import binomtest
 
 from mail_agents.errors import InvalidInputError
-from mail_agents.report.results import RunResult
 
 _RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A point estimate and its interval, in the units of what was estimated."""
+    """A point estimate and its interval, in the units of what was estimated.
+
+    Attributes:
+        value: The estimate.
+        low: Lower end.
+        high: Upper end.
+        spread: Standard deviation over training seeds, when that is what the ends are; None when
+            they are a 95 % interval.
+    """
 
     value: float
     low: float
     high: float
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,85 @@ def stratified_bootstrap_iqm(
     return Estimate(float(_iqm(data.reshape(1, -1))[0]), *_percentiles(_iqm(resampled), confidence))
 
 
+def mean_over_seeds(values: ArrayLike) -> Estimate:
+    """Mean with the sample standard deviation (n - 1) over training seeds, as papers print it.
+
+    Args:
+        values: ``(seeds,)`` one score per training seed, at least two.
+
+    Raises:
+        InvalidInputError: There are fewer than two values, or they are not finite.
+    """
+    data = _finite(values, 1)
+    if len(data) < 2:
+        raise InvalidInputError("A standard deviation over seeds needs at least two seeds.")
+    mean, spread = float(data.mean()), float(data.std(ddof=1))
+    return Estimate(mean, mean - spread, mean + spread, spread)
+
+
+def stratified_bootstrap_mean(
+    groups: Sequence[ArrayLike], confidence: float = 0.95, seed: int = 0
+) -> Estimate:
+    """Mean of group means; the bootstrap resamples within each group.
+
+    Args:
+        groups: One ``(n,)`` array per group, for example the episodes of each task.
+        confidence: Coverage, in (0, 1).
+        seed: Of the resampling.
+
+    Raises:
+        InvalidInputError: There are no groups, or one is empty or not finite.
+    """
+    if not groups:
+        raise InvalidInputError("A mean over groups needs at least one group.")
+    _quantile(confidence)
+    generator = np.random.default_rng(seed)
+    total, value = np.zeros(_RESAMPLES), 0.0
+    for group in groups:
+        data = _finite(group, 1)
+        picks = generator.integers(0, len(data), (_RESAMPLES, len(data)))
+        total += data[picks].mean(axis=1) / len(groups)
+        value += float(data.mean()) / len(groups)
+    return Estimate(value, *_percentiles(total, confidence))
+
+
+def performance_profile(
+    scores: ArrayLike,
+    thresholds: ArrayLike,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of runs that score more than each threshold, with a stratified bootstrap band.
+
+    Args:
+        scores: ``(runs, tasks)``, one score per training seed and task.
+        thresholds: ``(T,)`` scores.
+        confidence: Coverage of the band at each threshold, in (0, 1).
+        seed: Of the resampling.
+        resamples: Bootstrap resamples.
+
+    Returns:
+        Shares, lower and upper ends of the band, each ``(T,)`` in [0, 1].
+
+    Raises:
+        InvalidInputError: ``scores`` is empty, not two-dimensional or not finite.
+
+    Source: Agarwal et al. (2021), section 4.2.
+    """
+    data, levels = _finite(scores, 2), _finite(thresholds, 1)
+    _quantile(confidence)
+    runs, tasks = data.shape
+    above = data[:, :, None] > levels
+    picks = np.random.default_rng(seed).integers(0, runs, (resamples, runs, tasks))
+    shares = np.zeros((resamples, len(levels)))
+    for run in range(runs):  # one run at a time keeps the memory at resamples x tasks x T
+        shares += above[picks[:, run], np.arange(tasks)].mean(axis=1)
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(shares / runs, [tail, 100 - tail], axis=0)
+    return above.mean(axis=(0, 1)), low, high
+
+
 def mcnemar_exact(
     first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95
 ) -> PairedResult:
@@ -176,7 +262,7 @@ def mcnemar_exact(
         only_second=only_b,
         neither=int((~a & ~b).sum()),
         difference=Estimate((only_a - only_b) / n, *interval),
-        p_value=float(binomtest(only_a, discordant, 0.5).pvalue) if discordant else 1.0,
+        p_value=_binomial_p(only_a, discordant),
     )
 
 
@@ -194,87 +280,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def summarise(runs: Sequence[RunResult], task: str | None = None, which: str = "last") -> Estimate:
-    """The score of one agent on a task, or on all of them, over all of its training seeds.
+def _binomial_p(successes: int, n: int) -> float:
+    """Exact two-sided p-value of a fair coin."""
+    from scipy.stats import binomtest  # imported here: it takes half a second that few runs need
 
-    A success rate gets Wilson's interval over the pooled episodes, a return a bootstrap interval.
-
-    Args:
-        runs: The runs of one agent.
-        task: One task; None pools the episodes of all tasks.
-        which: Name of the evaluation.
-
-    Raises:
-        InvalidInputError: No run has such episodes.
-    """
-    results = [t for run in runs for t in run.tasks(which) if task in (None, t.task)]
-    if not results:
-        raise InvalidInputError(f"No episodes of task {task!r} in evaluation {which!r}.")
-    if all(result.has_success for result in results):
-        successes, n = sum(r.successes for r in results), sum(r.n for r in results)
-        return Estimate(successes / n, *wilson_interval(successes, n))
-    return bootstrap_mean([float(e["episode_return"]) for r in results for e in r.episodes])
-
-
-def counts(
-    runs: Sequence[RunResult], task: str | None = None, which: str = "last"
-) -> tuple[int, int]:
-    """Successful and all episodes of one agent on a task (None: on all of them)."""
-    results = [t for run in runs for t in run.tasks(which) if task in (None, t.task)]
-    return sum(r.successes for r in results), sum(r.n for r in results)
-
-
-def score_matrix(runs: Sequence[RunResult], which: str = "last") -> np.ndarray:
-    """``(seeds, tasks)`` scores of one agent, for :func:`stratified_bootstrap_iqm`.
-
-    A task of two datasets counts as two tasks.
-
-    Raises:
-        InvalidInputError: The seeds were not evaluated on the same tasks.
-    """
-    by_seed: dict[int, dict[tuple[str, str], float]] = {}
-    for run in runs:
-        scores = {(run.dataset, t.task): t.score for t in run.tasks(which)}
-        by_seed.setdefault(run.seed, {}).update(scores)
-    first, *others = by_seed
-    for seed in others:
-        differing = by_seed[first].keys() ^ by_seed[seed].keys()
-        if differing:
-            raise InvalidInputError(
-                f"Seeds {first} and {seed} of {runs[0].label!r} were evaluated on different tasks; "
-                f"only one has {', '.join(f'{task} ({data})' for data, task in differing)}."
-            )
-    return np.asarray([[row[key] for key in by_seed[first]] for row in by_seed.values()])
-
-
-def compare_paired(
-    first: Sequence[RunResult], second: Sequence[RunResult], which: str = "last"
-) -> PairedResult:
-    """Compares two agents on the episodes they share: same dataset, training seed, task and start.
-
-    Raises:
-        InvalidInputError: They share no episode, or an episode has no success.
-    """
-    a, b = _outcomes(first, which), _outcomes(second, which)
-    shared = [key for key in a if key in b]
-    if not shared:
-        raise InvalidInputError(
-            f"{first[0].label!r} and {second[0].label!r} share no evaluation episode, so they "
-            "cannot be compared in pairs. Evaluate both with the same seeds and episodes."
-        )
-    return mcnemar_exact([a[key] for key in shared], [b[key] for key in shared])
-
-
-def _outcomes(runs: Sequence[RunResult], which: str) -> dict[tuple, bool]:
-    outcomes = {}
-    for run in runs:
-        for task in run.tasks(which):
-            if not task.has_success:
-                raise InvalidInputError(f"Task {task.task!r} has no success to compare in pairs.")
-            for episode in task.episodes:
-                key = (run.dataset, run.seed, task.task, episode["index"], episode["seed"])
-                outcomes[key] = bool(episode["success"])
-    return outcomes
+    return float(binomtest(successes, n, 0.5).pvalue) if n else 1.0
 
 
 def _quantile(confidence: float) -> float:

@@ -1,64 +1,161 @@
 """Result tables for a terminal, for Markdown, and as plain rows for other renderers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from mail_agents.report import stats, summary
-from mail_agents.report.results import RunResult, agents_of, task_names
+from mail_agents.report import estimates, summary
+from mail_agents.report.results import RunResult, agents_of
+from mail_agents.report.settings import Measure, Setting, averageable, overall_measure, settings_of
+from mail_agents.report.stats import Estimate
 
-_SEEDS = 3
+#: With more settings than this they become the rows of a table, and the agents its columns.
+MANY_SETTINGS = 6
+_COSTS = ("parameters", "updates", "training")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A table as text: a header, its rows, and which cells hold the best score of their column."""
+    """A table as text: a header, its rows, and which cells hold the best score of their setting."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     best: frozenset[tuple[int, int]] = frozenset()
 
+    def transposed(self, corner: str) -> "Rows":
+        """Rows as columns, with another heading for the first one."""
+        (_, *header), *rows = zip(self.header, *self.rows, strict=True)
+        best = frozenset((column - 1, row + 1) for row, column in self.best)
+        return Rows((corner, *header), tuple(rows), best)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of scores: its heading, how to get the score of an agent, what stands for none."""
+
+    heading: str
+    measure: Measure
+    score: Callable[[Sequence[RunResult]], Estimate | None]
+    missing: Callable[[Sequence[RunResult]], str] = lambda runs: "not run"
+
+    def cell(self, runs: Sequence[RunResult], found: Estimate | None) -> str:
+        if found is None:
+            return self.missing(runs)
+        return summary.format_score(found, self.measure)
+
 
 def score_rows(results: Sequence[RunResult], which: str = "last") -> Rows:
-    """One row per agent: score with its 95 % interval on each task and on all of them, and cost.
+    """The score of every agent in every setting and over all of them, and what it cost.
 
-    With three or more training seeds there is also the interquartile mean over seeds and tasks,
-    with its stratified bootstrap interval; fewer have too little spread to resample.
+    One row per agent. With three or more training seeds there is also the interquartile mean over
+    seeds and settings with its stratified bootstrap interval; fewer have too little spread to
+    resample. With more than six settings there is one row per setting instead, which stays
+    readable, and what sums up an agent is left to :func:`overview_rows`.
 
     Args:
         results: Runs evaluated under ``which``.
         which: Name of the evaluation, ``"last"`` or ``"best"``.
     """
+    settings = settings_of(results, which)
     groups = agents_of(results)
-    tasks = task_names(results, which)
-    success = summary.is_success(results, which)
-    seeds = max(len({r.seed for r in runs}) for runs in groups.values()) >= _SEEDS
-    header = ["agent", *tasks, *(["all tasks"] if len(tasks) > 1 else [])]
-    header += ["IQM over seeds"] * seeds + ["parameters", "updates", "training"]
-    rows, values = [], []
-    for label, runs in groups.items():
-        cells: list[str] = [label]
-        scores: list[float | None] = [None]
-        for task in [*tasks, *([None] if len(tasks) > 1 else [])]:
-            present = task is None or any(t.task == task for run in runs for t in run.tasks(which))
-            estimate = stats.summarise(runs, task, which) if present else None
-            cells.append(summary.format_score(estimate, success) if estimate else "not run")
-            scores.append(estimate.value if estimate else None)
-        if seeds:
-            if len({run.seed for run in runs}) >= _SEEDS:
-                estimate = stats.stratified_bootstrap_iqm(stats.score_matrix(runs, which))
-                cells.append(summary.format_score(estimate, success))
-            else:
-                cells.append("too few seeds")
-        cells += cost_cells(runs)
-        rows.append(tuple(cells))
-        values.append(scores)
+    columns = [
+        _Column(s.name, s.measure, lambda runs, s=s: estimates.estimate(runs, s, which))
+        for s in settings
+    ]
+    if len(settings) > 1 and averageable(settings):
+        columns.append(_overall(results, settings, which))
+    many = len(settings) > MANY_SETTINGS
+    columns += [] if many else _interquartile(results, settings, which)
+    costs = ("parameters",) if many else _COSTS
+    table = _scores(groups, columns)
+    rows = tuple(
+        (*row, *cost_cells(runs)[: len(costs)])
+        for row, runs in zip(table.rows, groups.values(), strict=True)
+    )
+    table = Rows((*table.header, *costs), rows, table.best)
+    return table.transposed(_corner(settings)) if many else table
+
+
+def _corner(settings: Sequence[Setting]) -> str:
+    return "task" if len({setting.dataset for setting in settings}) == 1 else "dataset"
+
+
+def overview_rows(results: Sequence[RunResult]) -> Rows:
+    """One row per agent: its score over all settings at the last and best checkpoint, and its cost.
+
+    Raw returns of several settings have no common mean; then only the cost is shown.
+    """
+    settings = settings_of(results)
+    groups = agents_of(results)
+    columns = []
+    if averageable(settings):
+        columns.append(_overall(results, settings, "last", "last checkpoint"))
+        if any("best" in run.evaluations for run in results):
+            columns.append(_overall(results, settings, "best", "best checkpoint"))
+    columns += _interquartile(results, settings, "last")
+    table = _scores(groups, columns)
+    # The number of parameters stands beside the name: a score is read with the size that bought it.
+    rows = tuple(
+        (row[0], cost[0], *row[1:], *cost[1:])
+        for row, cost in zip(table.rows, map(cost_cells, groups.values()), strict=True)
+    )
+    best = frozenset((row, column + 1) for row, column in table.best)
+    return Rows((table.header[0], _COSTS[0], *table.header[1:], *_COSTS[1:]), rows, best)
+
+
+def _overall(
+    results: Sequence[RunResult],
+    settings: Sequence[Setting],
+    which: str,
+    heading: str = "",
+) -> _Column:
+    alike = overall_measure(settings) == "success" or len({s.dataset for s in settings}) == 1
+    everything = "all tasks" if alike else "average"
+
+    def evaluated(runs: Sequence[RunResult]) -> list[RunResult]:
+        return [run for run in runs if which in run.evaluations]
+
+    return _Column(
+        heading or everything,
+        overall_measure(settings),
+        lambda runs: estimates.overall(evaluated(runs), settings, which),
+        lambda runs: "incomplete" if evaluated(runs) else "none",
+    )
+
+
+def _interquartile(
+    results: Sequence[RunResult], settings: Sequence[Setting], which: str
+) -> list[_Column]:
+    seeds = max(len({r.seed for r in runs}) for runs in agents_of(results).values())
+    if seeds < estimates.SEEDS_FOR_IQM or not averageable(settings):
+        return []
+    return [
+        _Column(
+            "IQM over seeds",
+            overall_measure(settings),
+            lambda runs: estimates.interquartile(runs, settings, which),
+            lambda runs: (
+                "too few seeds" if estimates.is_complete(runs, settings, which) else "incomplete"
+            ),
+        )
+    ]
+
+
+def _scores(groups: dict[str, list[RunResult]], columns: Sequence[_Column]) -> Rows:
+    """One row per agent; the best value of every column is marked."""
+    found = {label: [c.score(runs) for c in columns] for label, runs in groups.items()}
+    rows = tuple(
+        (label, *(c.cell(groups[label], e) for c, e in zip(columns, row, strict=True)))
+        for label, row in found.items()
+    )
     best = set()
-    for column in range(1, len(values[0])):
-        present = [row[column] for row in values if row[column] is not None]
-        best |= {(i, column) for i, row in enumerate(values) if row[column] == max(present)}
-    return Rows(tuple(header), tuple(rows), frozenset(best))
+    for j in range(len(columns)):
+        values = [row[j].value if row[j] else None for row in found.values()]  # type: ignore[union-attr]
+        top = max((v for v in values if v is not None), default=None)
+        best |= {(i, j + 1) for i, v in enumerate(values) if v is not None and v == top}
+    return Rows(("agent", *(c.heading for c in columns)), rows, frozenset(best))
 
 
 def pair_rows(results: Sequence[RunResult], which: str = "last") -> Rows:
@@ -80,12 +177,44 @@ def pair_rows(results: Sequence[RunResult], which: str = "last") -> Rows:
     return Rows(header, tuple(rows))
 
 
+def target_rows(results: Sequence[RunResult]) -> Rows:
+    """One row per setting and return-conditioned agent: its score under every target return.
+
+    Empty when no agent was evaluated under several targets.
+    """
+    rows = []
+    for setting in settings_of(results):
+        for label, runs in agents_of(results).items():
+            found = estimates.best_target(runs, setting)
+            if found is None or len(found[1]) < 2:
+                continue
+            best, scores = found
+            each = [f"{t}: {summary.format_score(e, setting.measure)}" for t, e in scores.items()]
+            top = summary.format_score(scores[best], setting.measure)
+            rows.append((setting.name, label, ", ".join(each), best, top))
+    header = ("setting", "agent", "score by target return", "best target", "score there")
+    return Rows(header, tuple(rows))
+
+
 def cost_cells(runs: Sequence[RunResult]) -> list[str]:
     """Parameters, updates and mean training time of one agent, for people."""
-    if not runs[0].parameters:
+    sizes = sorted({run.parameters for run in runs})
+    if not sizes[-1]:
         return ["none", "none", "none"]
+    # Observations and actions of different worlds give networks of different sizes.
+    size = _span(human(sizes[0]), human(sizes[-1]))
+    if not runs[0].train_steps:
+        return [size, "ready-made", "ready-made"]
     seconds = sum(run.train_seconds for run in runs) / len(runs)
-    return [human(runs[0].parameters), f"{runs[0].train_steps:,}", duration(seconds)]
+    return [size, f"{runs[0].train_steps:,}", duration(seconds)]
+
+
+def _span(low: str, high: str) -> str:
+    """``600 to 607 k``, naming a common unit once."""
+    if low == high:
+        return low
+    (number, unit), other = low.partition(" ")[::2], high.partition(" ")[2]
+    return f"{number if unit == other else low} to {high}"
 
 
 def human(count: int) -> str:
@@ -107,7 +236,7 @@ def duration(seconds: float) -> str:
 
 
 def to_markdown(table: Rows) -> str:
-    """Renders a table as Markdown, the best score of each column in bold."""
+    """Renders a table as Markdown, the best score of each setting in bold."""
     lines = [_line(table.header), "|" + "---|" * len(table.header)]
     for i, row in enumerate(table.rows):
         lines.append(_line([f"**{c}**" if (i, j) in table.best else c for j, c in enumerate(row)]))
@@ -115,10 +244,13 @@ def to_markdown(table: Rows) -> str:
 
 
 def to_rich(table: Rows, title: str = "") -> Table:
-    """Renders a table for the terminal, the best score of each column in bold."""
-    rendered = Table(title=title or None, title_justify="left")
+    """Renders a table for the terminal, the best score of each setting in bold."""
+    rendered = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.header):
-        rendered.add_column(name, justify="left" if i == 0 else "right")
+        first = i == 0
+        rendered.add_column(
+            name, justify="left" if first else "right", no_wrap=first, overflow="fold"
+        )
     for i, row in enumerate(table.rows):
         cells = [f"[bold]{c}[/bold]" if (i, j) in table.best else c for j, c in enumerate(row)]
         # "[89, 99]" is text, not markup.

@@ -8,20 +8,28 @@ from rich.console import Console
 
 from mail_agents.errors import InvalidInputError, StorageError
 from mail_agents.report import (
+    PublishedTable,
+    Reference,
     RunResult,
     TaskResult,
     headline,
     learning_curves,
+    overview_rows,
     pair_rows,
+    performance_profiles,
     score_rows,
     success_bars,
     summary,
     tables,
+    target_rows,
     to_markdown,
     to_rich,
     write_report,
 )
 from mail_agents.report.charts import _ticks
+from mail_agents.report.curves import profiles
+from mail_agents.report.published import match_dataset, published_rows
+from mail_agents.report.settings import settings_of
 
 
 def returns_only(value: float) -> RunResult:
@@ -243,3 +251,189 @@ def test_axis_ticks_lie_inside(low, high, log):
     ticks = _ticks(low, high, log)
     assert all(low <= t <= high for t in ticks)
     assert ticks
+
+
+# ---- normalised scores, many settings, targets, published numbers -----------------------------
+
+AGENTS = ("dt", "dm", "bc", "decision-mamba-released")
+DATASETS = tuple(f"{w}-{k}" for w in ("hopper", "walker2d") for k in "abcd")
+
+
+def scored(agents=AGENTS, datasets=DATASETS, seeds=3, **fields) -> list[RunResult]:
+    """Runs whose score is 10 per agent, 1 per dataset and 0.1 per seed."""
+    runs = []
+    for i, agent in enumerate(agents):
+        for j, dataset in enumerate(datasets):
+            for seed in range(seeds):
+                world = dataset.partition("-")[0]
+                episodes = [
+                    {"index": e, "seed": e, "success": None, "length": 9,
+                     "episode_return": 100.0 * i + 10 * j + seed}
+                    for e in range(2)
+                ]  # fmt: skip
+                result = [TaskResult(world, episodes)]
+                runs.append(
+                    RunResult(
+                        agent, agent, dataset, seed, 1000 * (i + 1) + j, 50, 2.0,
+                        curve=[(0, 1.0), (50, 0.5)],
+                        evaluations={"last": result, **fields.get("more", {})},
+                        references={world: Reference(0, 1000, "d4rl:" + world)},
+                        target_returns=fields.get("target_returns", []),
+                        targets=dict.fromkeys(fields.get("targets", ()), result),
+                    )
+                )  # fmt: skip
+    return runs
+
+
+def test_headline_of_scores():
+    text = headline(scored(datasets=("hopper-a", "walker2d-b")))
+    assert text == (
+        "decision-mamba-released reaches a mean normalised score of 30.6 on 2 datasets "
+        "(± 0.1 over 3 seeds), the most of the 4 agents."
+    )
+    assert "on 1 dataset (95 % interval 0.0 to 0.0)" in headline(
+        scored(AGENTS[3:], DATASETS[:1], 1)
+    )
+
+
+def test_headline_says_who_is_left_out():
+    runs = scored(datasets=("hopper-a", "walker2d-b"))
+    text = headline(runs[:-1])
+    assert text.startswith("bc reaches a mean normalised score of 20.6 on 2 datasets")
+    assert text.endswith("missing: decision-mamba-released.")
+    # Nobody has everything: counted settings are all that is left.
+    broken = [run for run in runs if (run.agent, run.dataset) in (("dt", "hopper-a"),
+                                                                 ("dm", "walker2d-b"))]  # fmt: skip
+    assert headline(broken) == (
+        "dt and dm each lead 1 of 2 datasets (no agent was evaluated on all of them)."
+    )
+
+
+def test_returns_of_different_worlds_are_not_averaged():
+    runs = [replace(run, references={}) for run in scored()]
+    assert headline(runs) == (
+        "decision-mamba-released leads 8 of 8 datasets (raw returns of different worlds have no "
+        "common mean)."
+    )
+    table = score_rows(runs)
+    assert "average" not in [row[0] for row in table.rows]
+    assert overview_rows(runs).header == ("agent", "parameters", "updates", "training")
+
+
+def test_many_settings_become_rows():
+    table = score_rows(scored())
+    assert table.header == ("dataset", *AGENTS)
+    assert [row[0] for row in table.rows] == [*DATASETS, "average", "parameters"]
+    assert table.rows[1][1:3] == ("1.1 ± 0.1", "11.1 ± 0.1")
+    assert table.rows[-1][1] == "1 to 1.01 k"
+    assert table.best == {(i, 4) for i in range(9)}
+    few = score_rows(scored(datasets=DATASETS[:2]))
+    assert few.header[:5] == ("agent", "hopper-a", "hopper-b", "average", "IQM over seeds")
+    assert few.rows[0][3] == "0.6 ± 0.1"
+
+
+def test_overview_puts_last_best_and_size_together():
+    runs = scored()
+    best = [TaskResult("hopper", runs[-1].tasks()[0].episodes)]
+    runs = [
+        replace(run, evaluations={**run.evaluations, "best": best})
+        if run.agent == "dt" and run.dataset == "hopper-a" else run
+        for run in runs
+    ]  # fmt: skip
+    table = overview_rows(runs[:-1])
+    assert table.header == (
+        "agent", "parameters", "last checkpoint", "best checkpoint", "IQM over seeds", "updates",
+        "training",
+    )  # fmt: skip
+    assert table.rows[0][:4] == ("dt", "1 to 1.01 k", "3.6 ± 0.1", "incomplete")
+    assert table.rows[0][4].startswith("3.6 [")
+    assert table.rows[1][3] == "none"
+    assert table.rows[3][2:5] == ("incomplete", "none", "incomplete")
+    assert (2, 2) in table.best
+
+
+def test_ready_made_agents_have_a_size_but_no_training():
+    run = replace(scored(AGENTS[:1], DATASETS[:1], 1)[0], train_steps=0, train_seconds=0.0)
+    assert tables.cost_cells([run]) == ["1 k", "ready-made", "ready-made"]
+    assert tables.cost_cells([run, replace(run, parameters=2_500_000)])[0] == "1 k to 2.5 M"
+
+
+def test_targets_have_a_table_of_their_own():
+    runs = scored(AGENTS[:2], DATASETS[:1], 2, target_returns=[3600.0], targets=("1800",))
+    runs += scored(AGENTS[2:3], DATASETS[:1], 2)
+    table = target_rows(runs)
+    assert [row[:2] for row in table.rows] == [("hopper-a", "dt"), ("hopper-a", "dm")]
+    assert table.rows[1][2] == "3600: 10.1 ± 0.1, 1800: 10.1 ± 0.1"
+    assert table.rows[1][3:] == ("3600", "10.1 ± 0.1")
+    assert target_rows(scored(AGENTS[:1])).rows == ()
+
+
+PUBLISHED = PublishedTable(
+    "A paper", "Somebody (2020), table 1", "best", "v2", 4, "standard deviation", "A warning.",
+    {"DT": {"hopper-a-v2": (67.6, 1.0)}, "TD": {"hopper-a-v2": (50.0, None), "ant-a-v2": (1, 2)}},
+)  # fmt: skip
+
+
+def test_published_numbers_match_by_name():
+    settings = settings_of(scored())
+    rows = published_rows(PUBLISHED, settings)
+    assert rows is not None
+    assert rows.header == ("dataset", "DT", "TD")
+    assert rows.rows == (("hopper-a-v2", "67.6 ± 1.0", "50.0"),)
+    assert published_rows(PUBLISHED, settings_of(scored(datasets=("walker2d-a",)))) is None
+    assert match_dataset("hopper-a-v2", ["hopper-a-v2"]) == "hopper-a-v2"
+    assert match_dataset("hopper-a-v0", ["hopper-a-v2"]) is None
+    assert match_dataset("hopper", ["hopper-a-v2"]) is None
+
+
+def test_profiles_need_scores_and_runs(tmp_path):
+    _, found = profiles(scored(AGENTS[:2], DATASETS[:2]))
+    assert set(found) == {"dt", "dm"}
+    share, low, high = found["dm"]
+    assert share[0] == 1
+    assert (low <= share).all()
+    assert not (low == high).all()
+    _, found = profiles(scored(AGENTS[:2], DATASETS, 1))
+    assert all((low == high).all() for _, low, high in found.values())
+    assert profiles(scored(AGENTS[:1], DATASETS[:1], 3))[1] == {}
+    assert profiles([replace(run, references={}) for run in scored()])[1] == {}
+    path = tmp_path / "p.png"
+    assert png_size(performance_profiles(scored(), path, title="Profiles"))[0] > 500
+    assert performance_profiles([returns_only(1)], tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_page_of_scores(tmp_path):
+    runs = scored(target_returns=[3600.0], targets=("1800",))
+    more = {"best": runs[0].tasks()}
+    runs = [replace(run, evaluations={**run.evaluations, **more}) if run.dataset == "hopper-a"
+            else run for run in runs]  # fmt: skip
+    own = [
+        replace(run, references={"walker2d": Reference(0, 1000, "measured")})
+        if run.dataset == "walker2d-a" else run
+        for run in runs
+    ]  # fmt: skip
+    html = write_report(own, tmp_path / "r.html", published=[PUBLISHED]).read_text("utf-8")
+    page = Page(html)
+    assert page.open == []
+    text = "".join(page.text)
+    for wanted in (
+        "Normalised score on unseen starts", "Bars of all 8 datasets", "Performance profiles",
+        "Target returns", "Published numbers", "Somebody (2020), table 1", "A warning.",
+        "best checkpoint, chosen by the evaluation itself", "references of hopper-a",
+        "0 to 1000 (d4rl:hopper)", "walker2d-a", "Show 8 charts", "± 0.1", "the last ones",
+    ):  # fmt: skip
+        assert wanted in text, wanted
+    assert "in spite of their names: walker2d-a." in text
+    # Published numbers are in no table of ours.
+    assert text.index("67.6") > text.index("Published numbers")
+    assert text.count("67.6") == 1
+    without = write_report(runs, tmp_path / "s.html").read_text("utf-8")
+    assert "Published numbers" not in without
+
+
+def test_figures_of_several_datasets(tmp_path):
+    runs = scored(AGENTS[:2], DATASETS[:3], 2)
+    assert png_size(success_bars(runs[:-1], tmp_path / "bars.png"))[0] > 1500  # four panels wide
+    width, height = png_size(learning_curves(runs, tmp_path / "curves.png"))
+    assert width > 4 * height

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mail_agents.errors import InvalidInputError
-from mail_agents.report import TaskResult, stats
-from mail_agents.report.results import RunResult
+from mail_agents.report import stats
 
 
 def test_wilson_golden_value():
@@ -105,40 +104,44 @@ def test_holm_golden_values():
     assert stats.holm([]) == []
 
 
-def test_summaries_pool_seeds_and_tasks(results):
-    run = results[0]
-    assert stats.counts([run]) == (35, 40)
-    assert stats.summarise([run]).value == 35 / 40
-    assert stats.summarise([run], "pick").value == 15 / 20
-    with pytest.raises(InvalidInputError, match="No episodes of task 'fly'"):
-        stats.summarise([run], "fly")
+def test_mean_over_seeds_has_the_sample_standard_deviation():
+    estimate = stats.mean_over_seeds([1.0, 2.0, 6.0])
+    assert estimate.value == 3
+    assert estimate.spread == pytest.approx(np.sqrt(7))  # (4 + 1 + 9) / 2
+    assert (estimate.low, estimate.high) == pytest.approx((3 - np.sqrt(7), 3 + np.sqrt(7)))
+    with pytest.raises(InvalidInputError, match="two seeds"):
+        stats.mean_over_seeds([1.0])
 
 
-def test_a_world_without_success_is_summarised_by_returns():
-    episodes = [
-        {"index": i, "seed": i, "success": None, "episode_return": float(i), "length": 5}
-        for i in range(11)
-    ]
-    run = RunResult("a", "A", "d", 0, evaluations={"last": [TaskResult("hop", episodes)]})
-    estimate = stats.summarise([run])
-    assert estimate.value == 5
-    assert estimate.low < 5 < estimate.high
-    with pytest.raises(InvalidInputError, match="no success"):
-        stats.compare_paired([run], [run])
+def test_groups_weigh_the_same_however_many_values_they_have():
+    estimate = stats.stratified_bootstrap_mean([[0.0] * 100, [4.0]])
+    assert (estimate.value, estimate.low, estimate.high) == (2, 2, 2)
+    one = stats.stratified_bootstrap_mean([[0.0, 1.0, 2.0, 5.0]])
+    assert one.value == 2
+    assert one.low < 2 < one.high
+    with pytest.raises(InvalidInputError, match="at least one group"):
+        stats.stratified_bootstrap_mean([])
+    with pytest.raises(InvalidInputError, match="finite"):
+        stats.stratified_bootstrap_mean([[1.0], []])
 
 
-def test_score_matrix_needs_the_same_tasks(results):
-    assert stats.score_matrix(results[:1]).tolist() == [[1.0, 0.75]]
-    elsewhere = RunResult("x", "X", "second", 0, evaluations=results[1].evaluations)
-    assert stats.score_matrix([results[0], elsewhere]).tolist() == [[1.0, 0.75, 0.95, 0.3]]
-    other = RunResult("x", "ED-Ma BC", "demo", 1, evaluations={"last": results[0].tasks()[:1]})
-    with pytest.raises(InvalidInputError, match="different tasks"):
-        stats.score_matrix([results[0], other])
+def test_performance_profile_counts_runs_above():
+    scores = [[0.0, 50.0], [100.0, 50.0]]
+    share, low, high = stats.performance_profile(scores, [-1.0, 0.0, 50.0, 99.0, 100.0])
+    assert share.tolist() == [1, 0.75, 0.25, 0.25, 0]
+    assert (low <= share).all()
+    assert (share <= high).all()
+    assert (low[0], high[0], low[-1], high[-1]) == (1, 1, 0, 0)
+    # Only the first task differs between runs: half of the mass is certain.
+    assert (low[1], high[1]) == (0.5, 1)
+    again = stats.performance_profile(scores, [0.0])
+    assert again[1][0] == low[1]
 
 
-def test_pairs_share_seed_task_and_start(results):
-    paired = stats.compare_paired(results[:1], results[1:2])
-    assert (paired.n, paired.only_first, paired.only_second) == (40, 10, 0)
-    elsewhere = RunResult("x", "X", "d", 7, evaluations=results[1].evaluations)
-    with pytest.raises(InvalidInputError, match="share no evaluation episode"):
-        stats.compare_paired(results[:1], [elsewhere])
+@given(st.lists(st.lists(st.floats(-50, 150), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_performance_profile_falls_from_one_to_zero(scores):
+    share, low, high = stats.performance_profile(scores, np.linspace(-51, 151, 9), resamples=20)
+    assert share[0] == 1
+    assert share[-1] == 0
+    assert (np.diff(share) <= 0).all()
+    assert ((low >= 0) & (high <= 1)).all()
