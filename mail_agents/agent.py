@@ -196,6 +196,7 @@ class Agent(Acting):
             "name": dataset.info.name,
             "sha256": dataset.info.sha256,
             "env_specs": dict(dataset.info.env_specs),
+            "reference_scores": dict(dataset.info.reference_scores),
         }
 
     def set_statistics(self, stats: Mapping[str, FeatureStats], tasks: Sequence[str] = ()) -> None:

@@ -165,7 +165,8 @@ def best_target(
     """
     found: dict[str, list[RunResult]] = {}
     for run in runs:
-        for target, tasks in run.by_target().items():
+        # A single target may be the agent's own choice and differ between seeds.
+        for target, tasks in run.by_target().items() if run.targets else ():
             here = [task for task in tasks if task.task == setting.task]
             if run.dataset == setting.dataset and here:
                 stand_in = RunResult(run.agent, run.label, run.dataset, run.seed,

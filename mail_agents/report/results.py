@@ -17,7 +17,7 @@ from mail_agents.report.scores import Reference
 from mail_agents.storage import write_atomic
 
 _FORMAT = "mail-agents-results"
-#: 2 added references, target_returns and targets; version 1 is read as having none.
+#: 2 added references, target_return and targets; version 1 is read as having none.
 _FORMAT_VERSION = 2
 _READABLE = (1, 2)
 _EPISODE_KEYS = ("index", "seed", "success", "episode_return", "length")
@@ -107,9 +107,9 @@ class RunResult:
         config: The agent's configuration.
         videos: Recorded episodes.
         references: What normalises the returns of a task, by task; from the dataset.
-        target_returns: Returns the agent was asked for, the first of which ``evaluations`` are
-            about; empty for an agent without targets, and for one that chose its own.
-        targets: The last evaluation under each of the other targets, by target (``"1800"``).
+        target_return: Return the agent aimed for in ``evaluations``, its own choice where none was
+            given; None for an agent without targets.
+        targets: The last evaluation under each further target, by target (``"1800"``).
     """
 
     agent: str
@@ -125,7 +125,7 @@ class RunResult:
     config: dict[str, Any] = field(default_factory=dict)
     videos: list[Video] = field(default_factory=list)
     references: dict[str, Reference] = field(default_factory=dict)
-    target_returns: list[float] = field(default_factory=list)
+    target_return: float | None = None
     targets: dict[str, list[TaskResult]] = field(default_factory=dict)
 
     def tasks(self, which: str = "last") -> list[TaskResult]:
@@ -143,9 +143,9 @@ class RunResult:
 
     def by_target(self) -> dict[str, list[TaskResult]]:
         """The last evaluation under every target, the headline's first; empty without targets."""
-        if not self.target_returns or "last" not in self.evaluations:
+        if self.target_return is None or "last" not in self.evaluations:
             return {}
-        return {f"{self.target_returns[0]:g}": self.evaluations["last"], **self.targets}
+        return {f"{self.target_return:g}": self.evaluations["last"], **self.targets}
 
 
 def group_by_task(episodes: Iterable[Any]) -> list[TaskResult]:

@@ -1,6 +1,6 @@
 """What a column of a comparison is: one task of one dataset, and in which unit it is scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,3 +119,15 @@ def overall_measure(settings: Sequence[Setting]) -> Measure:
 def averageable(settings: Sequence[Setting]) -> bool:
     """Whether a mean over the settings says something: raw returns of two worlds have none."""
     return len(settings) == 1 or overall_measure(settings) != "return"
+
+
+def mean_score(tasks: Sequence[TaskResult], references: Mapping[str, Reference]) -> float:
+    """Mean over the tasks of one evaluation, each in its own unit: what picks the best checkpoint.
+
+    Args:
+        tasks: Results of one evaluation.
+        references: What normalises the returns of a task, by task.
+    """
+    run = RunResult("", "", "", 0, evaluations={"last": [*tasks]}, references=dict(references))
+    found = zip(settings_of([run]), tasks, strict=True)
+    return float(np.mean([setting.values(task).mean() for setting, task in found]))

@@ -233,6 +233,19 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def score_lines(run: RunResult) -> list[str]:
+    """One line per task with a normalised score, and the references it stands on."""
+    if "last" not in run.evaluations:
+        return []
+    lines = []
+    for setting in settings_of([run]):
+        found = estimates.estimate([run], setting)
+        if found is not None and setting.reference is not None:
+            score = format_score(found, setting.measure)
+            lines.append(f"{setting.task}: normalised score {score}, of {setting.reference}")
+    return lines
+
+
 def verdict(pair: Pair) -> str:
     """One sentence on a pair: the difference, its interval, and whether it is clear."""
     difference = pair.result.difference

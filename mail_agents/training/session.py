@@ -13,10 +13,17 @@ from mail_agents.checkpoint import (
     restore_training_state,
 )
 from mail_agents.errors import InvalidInputError
-from mail_agents.report.results import RunResult
+from mail_agents.report.results import RunResult, save_results
+from mail_agents.report.scores import from_dataset
+from mail_agents.report.settings import mean_score
 from mail_agents.seeding import derive_seed
-from mail_agents.suite import completed_evaluations, evaluation_directory, recorded_videos
-from mail_agents.training.runs import read_metrics
+from mail_agents.suite import (
+    completed_evaluations,
+    completed_targets,
+    evaluation_directory,
+    recorded_videos,
+)
+from mail_agents.training.runs import METRICS, RunArguments, read_metrics
 
 if TYPE_CHECKING:
     from mail_agents.agent import Agent
@@ -122,14 +129,24 @@ def summarise_run(
 ) -> RunResult:
     """Collects from a finished run what a comparison needs.
 
-    ``"best"`` is the evaluation with the highest mean score over tasks (the later one when equal);
-    it is there only when the run was evaluated more than once.
+    ``"best"`` is the evaluation with the highest mean score over tasks (the later one when equal),
+    under the first target return; it is there only when the run was evaluated more than once.
+
+    Args:
+        agent: The trained agent.
+        run: Run directory.
+        tasks: Names of the tasks it was evaluated on.
+        steps: Updates done; the evaluation after them is the last one.
+        seconds: Time of training.
+        seed: Training seed.
     """
     evaluations = completed_evaluations(run, tasks)
+    references = from_dataset(agent.provenance["dataset"].get("reference_scores", {}))
     named = {"last": evaluations[steps]} if steps in evaluations else {}
     if len(evaluations) > 1:
-        best = max(evaluations, key=lambda step: (sum(t.score for t in evaluations[step]), step))
+        best = max(evaluations, key=lambda s: (mean_score(evaluations[s], references), s))
         named["best"] = evaluations[best]
+    aimed = [e.get("target_return") for t in named.get("last", ()) for e in t.episodes]
     rows = [row for row in read_metrics(run) if "loss" in row]
     return RunResult(
         agent=agent.agent_id,
@@ -144,4 +161,36 @@ def summarise_run(
         evaluations=named,
         config=agent.config.to_dict(),
         videos=recorded_videos(evaluation_directory(run, steps)),
+        references=references,
+        target_return=aimed[0] if aimed else None,
+        targets=completed_targets(run, steps, tasks),
     )
+
+
+def finish_run(
+    agent: "Agent",
+    arguments: RunArguments,
+    tasks: Sequence[str],
+    steps: int,
+    seconds: float,
+    say: Callable[[str], None],
+) -> RunResult:
+    """Writes the artifact and ``result.json`` of a run that has trained and been evaluated.
+
+    Args:
+        agent: The trained agent.
+        arguments: Of the script.
+        tasks: Names of the tasks it was evaluated on.
+        steps: Updates done.
+        seconds: Time of training.
+        say: Receives where everything is.
+    """
+    run = arguments.run_dir
+    artifact = agent.save(run / "agent.safetensors")
+    result = summarise_run(agent, run, tasks, steps, seconds, arguments.seed)
+    results = save_results(run / "result.json", [result])
+    say(
+        f"agent    {artifact}\nresults  {results}\nmetrics  {run / METRICS}\n"
+        f"curves   tensorboard --logdir {run}"
+    )
+    return result

@@ -146,7 +146,7 @@ def test_pairs_share_seed_task_and_start(results):
 def test_best_target():
     def targeted(first, second, seed):
         other = run([second]).evaluations["last"]
-        return run([first], seed=seed, target_returns=[10.0, 5.0], targets={"5": other})
+        return run([first], seed=seed, target_return=10.0, targets={"5": other})
 
     runs = [targeted(3, 6, 0), targeted(5, 8, 1)]
     (setting,) = settings_of(runs)

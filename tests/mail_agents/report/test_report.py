@@ -278,7 +278,7 @@ def scored(agents=AGENTS, datasets=DATASETS, seeds=3, **fields) -> list[RunResul
                         curve=[(0, 1.0), (50, 0.5)],
                         evaluations={"last": result, **fields.get("more", {})},
                         references={world: Reference(0, 1000, "d4rl:" + world)},
-                        target_returns=fields.get("target_returns", []),
+                        target_return=fields.get("target_return"),
                         targets=dict.fromkeys(fields.get("targets", ()), result),
                     )
                 )  # fmt: skip
@@ -359,7 +359,7 @@ def test_ready_made_agents_have_a_size_but_no_training():
 
 
 def test_targets_have_a_table_of_their_own():
-    runs = scored(AGENTS[:2], DATASETS[:1], 2, target_returns=[3600.0], targets=("1800",))
+    runs = scored(AGENTS[:2], DATASETS[:1], 2, target_return=3600.0, targets=("1800",))
     runs += scored(AGENTS[2:3], DATASETS[:1], 2)
     table = target_rows(runs)
     assert [row[:2] for row in table.rows] == [("hopper-a", "dt"), ("hopper-a", "dm")]
@@ -404,7 +404,7 @@ def test_profiles_need_scores_and_runs(tmp_path):
 
 
 def test_page_of_scores(tmp_path):
-    runs = scored(target_returns=[3600.0], targets=("1800",))
+    runs = scored(target_return=3600.0, targets=("1800",))
     more = {"best": runs[0].tasks()}
     runs = [replace(run, evaluations={**run.evaluations, **more}) if run.dataset == "hopper-a"
             else run for run in runs]  # fmt: skip

@@ -1,11 +1,18 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from mail_agents.errors import CorruptFileError, InvalidInputError
-from mail_agents.report import RunResult, TaskResult, group_by_task, load_results, save_results
+from mail_agents.report import (
+    Reference,
+    RunResult,
+    TaskResult,
+    group_by_task,
+    load_results,
+    save_results,
+)
 from mail_agents.report.results import agents_of, task_names
 
 
@@ -44,6 +51,29 @@ def test_bad_files_are_named(tmp_path, text, message):
     with pytest.raises(CorruptFileError, match=message) as error:
         load_results(path)
     assert str(path) in str(error.value)
+
+
+def test_version_1_has_no_references(results, tmp_path):
+    path = save_results(tmp_path / "results.json", results)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document["version"] == 2
+    document["version"] = 1
+    for run in document["results"]:
+        for name in ("references", "target_return", "targets"):
+            del run[name]
+    path.write_text(json.dumps(document))
+    assert load_results(path) == results
+
+
+def test_references_and_targets_survive(results, tmp_path):
+    reference = Reference(-1.5, 2.0, "measured")
+    run = replace(
+        results[0],
+        references={"reach": reference},
+        target_return=3600.0,
+        targets={"1800": results[0].tasks()},
+    )
+    assert load_results(save_results(tmp_path / "r.json", [run])) == [run]
 
 
 def test_missing_file_and_unknown_field(results, tmp_path):

@@ -1,5 +1,7 @@
 """Before and after the training loop."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,14 @@ import mail_agents
 from mail_agents.data.dataset import MemoryDataset
 from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError
+from mail_agents.report.results import load_results, save_results
+from mail_agents.report.scores import Reference
+from mail_agents.report.summary import score_lines
+from mail_agents.suite import evaluation_directory
 from mail_agents.training.session import (
     open_agent,
     start_training,
+    summarise_run,
     trainable_parameters,
     validation_loss,
 )
@@ -99,3 +106,48 @@ def test_resuming_on_other_data(tmp_path):
     resumed = BatchSampler(8, 4, 0)
     assert start_training(agent, state, resumed, 10) == (0, 2.5)
     assert resumed.state_dict() == sampler.state_dict()
+
+
+# ---- summing up ------------------------------------------------------------------------------
+
+
+def write_episodes(folder, returns, **fields):
+    folder.mkdir(parents=True)
+    rows = [
+        {"index": i, "seed": i, "task": "hop", "success": None, "episode_return": x, "length": 3,
+         **fields}
+        for i, x in enumerate(returns)
+    ]  # fmt: skip
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_is_summed_up_with_its_references_and_targets(tmp_path):
+    agent = fitted()
+    scores = {"hop": {"min": 0, "max": 10, "source": "test"}}
+    agent.provenance["dataset"]["reference_scores"] = scores
+    steps = {step: evaluation_directory(tmp_path, step) for step in (10, 20, 30)}
+    write_episodes(steps[10] / "hop", [1.0, 1.0], target_return=8.0)
+    write_episodes(steps[20] / "hop", [6.0, 6.0], target_return=8.0)
+    write_episodes(steps[30] / "hop", [4.0, 5.0], target_return=8.0)
+    write_episodes(steps[30] / "hop" / "target-4", [9.0, 9.0], target_return=4.0)
+    result = summarise_run(agent, tmp_path, ["hop"], 30, 1.5, 7)
+    assert result.references == {"hop": Reference(0.0, 10.0, "test")}
+    assert result.evaluations["last"][0].score == 4.5
+    assert result.evaluations["best"][0].score == 6  # under the first target, not the 9 of another
+    assert result.target_return == 8
+    assert list(result.by_target()) == ["8", "4"]
+    assert score_lines(result) == ["hop: normalised score 45.0 [40.0, 50.0], of 0 to 10 (test)"]
+    path = save_results(tmp_path / "result.json", [result])
+    assert load_results(path) == [result]
+
+
+def test_a_run_without_references_or_targets(tmp_path):
+    agent = fitted()
+    write_episodes(evaluation_directory(tmp_path, 5) / "hop", [1.0])
+    result = summarise_run(agent, tmp_path, ["hop"], 5, 1.5, 7)
+    assert (result.references, result.target_return, result.targets) == ({}, None, {})
+    assert score_lines(result) == []
+    assert list(result.evaluations) == ["last"]
+    unevaluated = summarise_run(agent, tmp_path / "none", ["hop"], 5, 1.5, 7)
+    assert unevaluated.evaluations == {}
+    assert score_lines(unevaluated) == []
