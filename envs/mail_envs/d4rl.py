@@ -6,7 +6,10 @@ therefore meet slightly other dynamics here, and a :class:`D4RLPhysicsWarning` s
 is in :mod:`mail_envs.pointmaze`, ``antmaze`` in :mod:`mail_envs.antmaze`.
 """
 
+import contextlib
+import io
 import warnings
+from types import ModuleType
 from typing import Any
 
 import gymnasium
@@ -49,19 +52,30 @@ class D4RLPhysicsWarning(UserWarning):
     """The simulator is not the one that D4RL's data and reference scores come from."""
 
 
-def warn_physics(world: str, body: str, note: str = "") -> None:
+def import_robotics(module: str, world: str) -> ModuleType:
+    """Imports a module of gymnasium-robotics, without the notice that the package prints.
+
+    The notice is about Adroit rewards, which :class:`AdroitEnv` repairs.
+
+    Raises:
+        MissingDependencyError: It cannot be imported.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
+        return require(f"gymnasium_robotics.envs.{module}", "sim", purpose=f"d4rl/{world}")
+
+
+def warn_physics(world: str, body: str) -> None:
     """Says which simulator stands in for D4RL's.
 
     Args:
         world: Name of the world.
         body: What is simulated instead.
-        note: A further difference.
     """
     version = import_mujoco("D4RL's environments").__version__
     warnings.warn(
         f"d4rl/{world} is {body} on MuJoCo {version}; D4RL's data and reference scores were made "
-        "with MuJoCo 2 through mujoco-py. Compare scores with others of this world; published ones "
-        f"are near, not the same.{note}",
+        "with MuJoCo 2 through mujoco-py. Compare scores with others of this world; published "
+        "ones are near, not the same.",
         D4RLPhysicsWarning,
         stacklevel=4,
     )
@@ -82,9 +96,12 @@ class D4RLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         InvalidInputError: The simulator has other sizes than D4RL.
     """
 
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012  (Gymnasium's API)
+
     def __init__(self, inner: Any, facts: D4RLWorld) -> None:
         self._inner = inner
-        self.metadata = {"render_modes": ["rgb_array"], **_fps(inner)}
+        fps = inner.metadata.get("render_fps", self.metadata["render_fps"])
+        self.metadata = {**self.metadata, "render_fps": fps}
         self.render_mode = inner.render_mode
         size, actions = (facts.observation_size,), (facts.action_size,)
         self.observation_space = spaces.Box(-np.inf, np.inf, size, np.float64)
@@ -128,10 +145,6 @@ class D4RLEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._inner.close()
 
 
-def _fps(inner: Any) -> dict[str, Any]:
-    return {"render_fps": inner.metadata.get("render_fps", 30)}
-
-
 class LocomotionEnv(D4RLEnv):
     """Hopper, HalfCheetah, Walker2d or Ant: version 4 of Gymnasium's, without ``x`` (and ``y``).
 
@@ -152,8 +165,8 @@ class LocomotionEnv(D4RLEnv):
             raise unknown_name("body", body, _BODIES)
         module, name = _BODIES[body]
         warn_physics(body, f"Gymnasium's {name.removesuffix('Env')}-v4")
-        module = require(f"gymnasium.envs.mujoco.{module}", "sim", purpose=f"d4rl/{body}")
-        super().__init__(getattr(module, name)(render_mode=render_mode), WORLDS[body])
+        bodies = require(f"gymnasium.envs.mujoco.{module}", "sim", purpose=f"d4rl/{body}")
+        super().__init__(getattr(bodies, name)(render_mode=render_mode), WORLDS[body])
 
     def observe(self, observation: Any) -> np.ndarray:
         """Appends Ant's contact forces, all zero."""
@@ -181,9 +194,8 @@ class AdroitEnv(D4RLEnv):
             raise unknown_name("hand task", task, _HANDS)
         module, name = _HANDS[task]
         warn_physics(task, f"gymnasium-robotics' {name.removesuffix('Env')}-v1")
-        path = f"gymnasium_robotics.envs.adroit_hand.{module}"
-        module = require(path, "sim", purpose=f"d4rl/{task}")
-        super().__init__(getattr(module, name)(render_mode=render_mode), WORLDS[task])
+        hands = import_robotics(f"adroit_hand.{module}", task)
+        super().__init__(getattr(hands, name)(render_mode=render_mode), WORLDS[task])
         self.task = task
 
     def judge(self, state: np.ndarray, reward: float, terminated: bool) -> tuple[float, bool]:
@@ -214,8 +226,7 @@ class KitchenEnv(D4RLEnv):
         if kind not in KITCHEN_TASKS:
             raise unknown_name("kitchen", kind, KITCHEN_TASKS)
         warn_physics(f"kitchen-{kind}", "gymnasium-robotics' FrankaKitchen-v1")
-        path = "gymnasium_robotics.envs.franka_kitchen.kitchen_env"
-        module = require(path, "sim", purpose=f"d4rl/kitchen-{kind}")
+        module = import_robotics("franka_kitchen.kitchen_env", f"kitchen-{kind}")
         inner = module.KitchenEnv(
             tasks_to_complete=list(KITCHEN_TASKS[kind]),
             robot_noise_ratio=0.1,

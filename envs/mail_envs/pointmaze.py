@@ -14,8 +14,9 @@ import numpy as np
 from gymnasium import spaces
 
 from mail_agents.data.episode import Episode
-from mail_agents.errors import InvalidInputError, require, unknown_name
+from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.seeding import derive_env_seed
+from mail_envs.d4rl import import_robotics
 
 Cell = tuple[int, int]
 
@@ -100,7 +101,7 @@ class Maze2dEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         )
         self.goal: Cell = next(cell for cell in self.cells if rows[cell[0]][cell[1]] == "G")
         self.reward_type, self.render_mode = reward_type, render_mode
-        module = require("gymnasium_robotics.envs.maze.point_maze", "sim", purpose="maze2d")
+        module = import_robotics("maze.point_maze", f"maze2d-{maze}")
         walls = np.array([[int(tile == "#") for tile in row] for row in rows])
         # A quarter turn: there, x counts columns and y counts rows from the bottom.
         self._maze = module.PointMazeEnv(walls.T[::-1].tolist(), render_mode)

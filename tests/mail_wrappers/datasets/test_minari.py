@@ -152,7 +152,9 @@ def test_what_a_converted_store_knows(tmp_path):
     assert episodes[2].meta["options"] == {"level": 2, "start": pytest.approx([0.5, 1.0])}
     assert episodes[1].infos["sim/note"].tolist()[:2] == ["a", "bc"]
     assert store.info.env_specs["CartPole-v1"]["id"] == "CartPole-v1"
-    assert store.info.reference_scores == {"CartPole-v1": {"min": -1.5, "max": 20.0}}
+    assert store.info.reference_scores == {
+        "CartPole-v1": {"min": -1.5, "max": 20.0, "source": "minari:test/known-v0"}
+    }
     assert store.info.source["id"] == "test/known-v0"
     assert len(store.info.source["sha256"]) == 64
     assert store.table.source_ids == ("0", "1", "2")
@@ -339,3 +341,58 @@ def test_minari_is_imported_only_when_used(repository):
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths}
     )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+@pytest.mark.filterwarnings("ignore::UserWarning:gymnasium")
+def test_mazes_of_d4rl_keep_their_scores_and_the_environment_of_evaluation(tmp_path):
+    pytest.importorskip("gymnasium_robotics")
+    goal = [[1, 1, 1, 1, 1], [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, "r", 0, 0, 1], [1] * 5]
+    env = gymnasium.make("PointMaze_UMaze-v3", max_episode_steps=9)
+    keys = ("observation", "achieved_goal", "desired_goal")
+    buffers = []
+    for number in range(2):
+        seen, rewards = [env.reset(seed=number)[0]], []
+        actions = [env.action_space.sample() for _ in range(9)]
+        for action in actions:
+            observation, reward, *_ = env.step(action)
+            seen.append(observation)
+            rewards.append(reward)
+        buffers.append(
+            EpisodeBuffer(
+                id=number,
+                observations={key: np.array([item[key] for item in seen]) for key in keys},
+                actions=np.array(actions),
+                rewards=np.array(rewards),
+                terminations=np.zeros(9, bool),
+                truncations=np.arange(9) == 8,
+            )
+        )
+    evaluation = gymnasium.make("PointMaze_UMaze-v3", maze_map=goal, max_episode_steps=300)
+    dataset = minari.create_dataset_from_buffers(
+        "D4RL/pointmaze/umaze-v2",
+        buffers,
+        env=env,
+        eval_env=evaluation,
+        ref_min_score=24.0,
+        ref_max_score=162.0,
+        algorithm_name="random",
+        code_permalink="https://example.org",
+        author="Ada",
+        author_email="ada@example.org",
+        description="two episodes",
+    )
+    store = convert_minari(dataset, tmp_path / "store")
+    task = "PointMaze_UMaze-v3"
+    assert set(store.features.observations) == set(keys)
+    assert store.lengths.tolist() == [9, 9]
+    spec = store.info.env_specs[task]
+    assert (spec["id"], spec["max_episode_steps"]) == (f"gymnasium_robotics:{task}", 300)
+    assert spec["kwargs"]["maze_map"] == goal
+    made = gymnasium.make(spec["id"], max_episode_steps=300, **spec["kwargs"])
+    store.features.check(FeatureSpec.from_spaces(made.observation_space, made.action_space))
+    source = "minari:D4RL/pointmaze/umaze-v2"
+    assert store.info.reference_scores == {task: {"min": 24.0, "max": 162.0, "source": source}}
+    again = write_minari(store, "test/umaze-v0")
+    assert again.storage.metadata["ref_max_score"] == 162.0
+    assert again.storage.metadata["eval_env_spec"] == dataset.storage.metadata["eval_env_spec"]

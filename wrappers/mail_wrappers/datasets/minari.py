@@ -202,11 +202,14 @@ def convert_minari(
 def _describe_environment(
     dataset: MinariDataset, metadata: Mapping[str, Any], writer: StoreWriter
 ) -> None:
-    if dataset.env_spec is not None:
-        writer.env_specs = dict.fromkeys(writer.tasks, spec_to_dict(dataset.env_spec))
+    # Mazes are evaluated with one goal, and recorded with many. Minari has no public name for it.
+    spec = getattr(dataset, "_eval_env_spec", None) or dataset.env_spec
+    if spec is not None:
+        writer.env_specs = dict.fromkeys(writer.tasks, spec_to_dict(spec))
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if low is not None and high is not None:
-        writer.reference_scores = {task: {"min": low, "max": high} for task in writer.tasks}
+        scores = {"min": low, "max": high, "source": f"minari:{dataset.id}"}
+        writer.reference_scores = dict.fromkeys(writer.tasks, scores)
 
 
 def _folder_sha256(folder: Path) -> str:
