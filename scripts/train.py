@@ -13,8 +13,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -27,13 +25,12 @@ from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import split_episodes
 from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError, MailAgentsError
-from mail_agents.report.results import save_results
 from mail_agents.suite import check_targets, evaluate_worlds, evaluation_directory, worlds_of
-from mail_agents.training.runs import Run, parse_arguments
+from mail_agents.training.runs import Run, RunArguments, parse_arguments
 from mail_agents.training.session import (
+    finish_run,
     open_agent,
     start_training,
-    summarise_run,
     task_warning,
     trainable_parameters,
     validation_loss,
@@ -43,57 +40,24 @@ console = Console(soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RunArguments):
     """Train a registered agent."""
 
     agent: str = "mail/ed-ma-ddpm"
-    """Registered id; see 'mail-agents list'."""
     config: AgentConfig = field(default_factory=AgentConfig)
-    """The agent's own settings; --agent decides which there are."""
-    dataset: str = "data/demo"
-    """Dataset directory, made by scripts/collect.py or 'mail-agents data convert'."""
-    observations: tuple[str, ...] = ()
-    """Observation keys the agent sees, for example camera names; none named means all."""
-    output: str | None = None
-    """Run directory; None makes runs/<agent>-s<seed>."""
     steps: int = 1000
     """Optimiser updates."""
-    seed: int = 0
-    """Seeds initial weights, batch order and training noise."""
     validation: float = 0.0
     """Fraction of episodes kept out of training, for a validation loss."""
-    eval_episodes: int = 20
-    """Episodes per task; 0 for no evaluation."""
     eval_every: int = 0
     """Updates between further evaluations, to report the best besides the last; 0 for none."""
-    eval_seed: int = 0
-    """Seeds the evaluation episodes; the same for every training seed, so runs are paired."""
-    eval_envs: int = 20
-    """Environments stepped side by side."""
     target_returns: tuple[float, ...] = ()
     """Returns to aim for, the headline's first, for return-conditioned agents; none named means the
     agent's own."""
-    videos: int = 0
-    """Successful and failed episodes to record per task at the end."""
     save_every: int = 500
     """Updates between checkpoints."""
     log_every: int = 20
     """Updates between logged losses."""
-    device: str = "auto"
-    """'auto', 'cpu' or 'cuda'."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward pass (bfloat16 by autocast)."""
-    compile: bool = False
-    """Compile the policy's training pass."""
-    resume: str | None = None
-    """Run directory to continue; all other settings are taken from it."""
-
-    @property
-    def run_dir(self) -> Path:
-        """Where this run lives."""
-        if self.resume is not None:
-            return Path(self.resume)
-        return Path(self.output or f"runs/{self.agent.replace('/', '-')}-s{self.seed}")
 
 
 def main(args: Args) -> None:
@@ -174,16 +138,8 @@ def main(args: Args) -> None:
                 save_checkpoint(args.run_dir, done, agent, loop)
         seconds += time.perf_counter() - clock
 
-    artifact = agent.save(args.run_dir / "agent.safetensors")
     evaluate(directory=evaluation_directory(args.run_dir, total), videos=args.videos)
-    result = summarise_run(
-        agent, args.run_dir, list(dataset.info.env_specs), total, seconds, args.seed
-    )
-    results = save_results(args.run_dir / "result.json", [result])
-    console.print(
-        f"agent    {artifact}\nresults  {results}\nmetrics  {args.run_dir / 'metrics.jsonl'}\n"
-        f"curves   tensorboard --logdir {args.run_dir}"
-    )
+    finish_run(agent, args, list(dataset.info.env_specs), total, seconds, console.print)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -30,13 +29,12 @@ from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import TrajectoryDataset, select_demos
 from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError, MailAgentsError
-from mail_agents.report.results import save_results
 from mail_agents.suite import evaluate_worlds, evaluation_directory, worlds_of
-from mail_agents.training.runs import Run, parse_arguments
+from mail_agents.training.runs import Run, RunArguments, parse_arguments
 from mail_agents.training.session import (
+    finish_run,
     open_agent,
     start_training,
-    summarise_run,
     task_warning,
     trainable_parameters,
 )
@@ -45,52 +43,19 @@ console = Console(soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RunArguments):
     """Train a MaIL policy by the paper's recipe."""
 
     agent: str = "mail/ed-ma-ddpm"
-    """One of mail/*; see 'mail-agents list mail/*'."""
     config: AgentConfig = field(default_factory=MailConfig)
-    """The agent's own settings."""
-    dataset: str = "data/demo"
-    """Dataset directory, made by scripts/collect.py or 'mail-agents data convert'."""
-    observations: tuple[str, ...] = ()
-    """Observation keys the agent sees, for example camera names; none named means all."""
-    output: str | None = None
-    """Run directory; None makes runs/<agent>-s<seed>."""
     demos: int | None = 10
     """Demonstrations per task; None takes all."""
     demo_selection: Literal["first", "mail_legacy"] = "first"
     """'first': the first --demos of each task. 'mail_legacy': the ones the released code picks."""
     epochs: int = 50
     """Passes over all windows."""
-    seed: int = 0
-    """Seeds initial weights, batch order and training noise; the paper uses 0, 1, 2."""
     eval_epochs: tuple[int, ...] = (40, 50)
     """Epochs after which to evaluate; the last epoch always is."""
-    eval_episodes: int = 20
-    """Episodes per task."""
-    eval_seed: int = 0
-    """Seeds the evaluation episodes; the same for every training seed, so runs are paired."""
-    eval_envs: int = 20
-    """Environments stepped side by side."""
-    videos: int = 0
-    """Successful and failed episodes to record per task at the end."""
-    device: str = "auto"
-    """'auto', 'cpu' or 'cuda'."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward pass; the paper's is float32."""
-    compile: bool = False
-    """Compile the policy's training pass."""
-    resume: str | None = None
-    """Run directory to continue; all other settings are taken from it."""
-
-    @property
-    def run_dir(self) -> Path:
-        """Where this run lives."""
-        if self.resume is not None:
-            return Path(self.resume)
-        return Path(self.output or f"runs/{self.agent.replace('/', '-')}-s{self.seed}")
 
 
 def select_episodes(dataset: TrajectoryDataset, args: Args) -> list[int]:
@@ -185,19 +150,11 @@ def main(args: Args) -> None:
             loop = {"sampler": sampler.state_dict(), "seconds": seconds}
             save_checkpoint(args.run_dir, done, agent, loop)
 
-    artifact = agent.save(args.run_dir / "agent.safetensors")
     final = evaluate(directory=evaluation_directory(args.run_dir, total), videos=args.videos)
     if final:
         rates = [each.success_rate for each in final.values() if each.success_rate is not None]
         console.print(f"suite score {np.mean(rates):.3f}: mean of {len(rates)} task success rates")
-    result = summarise_run(
-        agent, args.run_dir, list(dataset.info.env_specs), total, seconds, args.seed
-    )
-    results = save_results(args.run_dir / "result.json", [result])
-    console.print(
-        f"agent    {artifact}\nresults  {results}\nmetrics  {args.run_dir / 'metrics.jsonl'}\n"
-        f"curves   tensorboard --logdir {args.run_dir}"
-    )
+    finish_run(agent, args, list(dataset.info.env_specs), total, seconds, console.print)
 
 
 if __name__ == "__main__":

@@ -130,3 +130,11 @@ def register_agents() -> None:
             paper=paper,
             kwargs=kwargs,
         )
+    for algorithm in ("sac", "ppo", "td3"):
+        register(
+            f"sb3/{algorithm}",
+            entry_point="mail_baselines.sb3:SB3Agent",
+            config_entry_point="mail_baselines.sb3:SB3Config",
+            tags=("baseline", "expert"),
+            kwargs={"algorithm": algorithm, "activation": "tanh" if algorithm == "ppo" else "relu"},
+        )

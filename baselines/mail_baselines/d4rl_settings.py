@@ -12,9 +12,14 @@ One value is ours: Adroit returns are divided by 1000, where CORL feeds returns 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from mail_agents.errors import unknown_name
+from mail_agents.config import AgentConfig
+from mail_agents.data.dataset import DatasetInfo
+from mail_agents.errors import UnknownNameError, unknown_name
+from mail_agents.registry import spec
+
+C = TypeVar("C", bound=AgentConfig)
 
 Targets = Mapping[str, tuple[float, ...]]
 
@@ -141,3 +146,56 @@ def d4rl_setting(name: str) -> D4RLSetting:
         max_timestep=found.max_timestep,
         decision_mamba=_DECISION_MAMBA.get((domain, kind), {}),
     )
+
+
+def setting_of(info: DatasetInfo) -> D4RLSetting | None:
+    """Settings of a dataset that D4RL published, in its own files or in Minari's; else None.
+
+    Other data of the same tasks (recorded here, say) has other returns, so published targets would
+    ask for what it does not hold.
+    """
+    source, name = info.source, str(info.source.get("id", ""))
+    published = source.get("kind") == "d4rl-hdf5" or name.startswith("D4RL/")
+    if not published:
+        return None
+    try:
+        return d4rl_setting(name)
+    except UnknownNameError:
+        return None
+
+
+def adapt(config: C, agent_id: str, info: DatasetInfo) -> C:
+    """Sets a config up for a dataset that D4RL published; fields that were changed stay.
+
+    Args:
+        config: A preset's config, possibly changed by the user.
+        agent_id: The preset.
+        info: Of the dataset.
+    """
+    setting = setting_of(info)
+    if setting is None:
+        return config
+    preset, chosen = _flat(spec(agent_id).config().to_dict()), _flat(config.to_dict())
+    overrides = setting.overrides(agent_id)
+    return config.replace({k: v for k, v in overrides.items() if chosen[k] == preset[k]})
+
+
+def published_targets(agent_id: str, info: DatasetInfo) -> tuple[float, ...]:
+    """The target returns under which a published agent was scored on a dataset; () if none."""
+    setting = setting_of(info)
+    family = next((prefix for prefix in _SOURCES if agent_id.startswith(prefix)), None)
+    if setting is None or family is None:
+        return ()
+    return setting.targets.get(_SOURCES[family], ())
+
+
+#: Whose targets an agent is scored under, by the beginning of its id (the longest first).
+_SOURCES = {"decision-mamba": "ota", "dt-corl": "corl", "dt": "kzl", "dm": "dm"}
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        nested = isinstance(value, Mapping)
+        out |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return out

@@ -6,8 +6,9 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import dacite
 import tyro
@@ -27,16 +28,57 @@ _DECIDING = (
     *("observations", "demos", "demo_selection", "output"),
 )
 
-A = TypeVar("A")
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The arguments that every train script has."""
+
+    agent: str
+    """Registered id; see 'mail-agents list'."""
+    config: AgentConfig
+    """The agent's own settings; --agent decides which there are."""
+    dataset: str = "data/demo"
+    """Dataset directory, made by a scripts/collect*.py or by 'mail-agents data convert'."""
+    observations: tuple[str, ...] = ()
+    """Observation keys the agent sees, for example camera names; none named means all."""
+    output: str | None = None
+    """Run directory; None makes runs/<agent>-s<seed>."""
+    seed: int = 0
+    """Seeds initial weights, batch order and training noise."""
+    eval_episodes: int = 20
+    """Episodes per task; 0 for no evaluation."""
+    eval_seed: int = 0
+    """Seeds the evaluation episodes; the same for every training seed, so runs are paired."""
+    eval_envs: int = 20
+    """Environments stepped side by side."""
+    videos: int = 0
+    """Successful and failed episodes to record per task at the end."""
+    device: str = "auto"
+    """'auto', 'cpu' or 'cuda'."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward pass (bfloat16 by autocast)."""
+    compile: bool = False
+    """Compile the policy's training pass."""
+    resume: str | None = None
+    """Run directory to continue; all other settings are taken from it."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run lives."""
+        if self.resume is not None:
+            return Path(self.resume)
+        return Path(self.output or f"runs/{self.agent.replace('/', '-')}-s{self.seed}")
+
+
+A = TypeVar("A", bound=RunArguments)
 
 
 def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
     """Parses a train script's arguments, with the chosen agent's own config behind ``--config``.
 
-    ``cls`` is a frozen dataclass with the fields ``agent: str``, ``config: AgentConfig`` and
-    ``resume: str | None``. ``--agent ID`` decides which config flags exist and their defaults;
-    ``--resume RUN`` takes every default from that run's stored arguments; what decides the weights
-    cannot be changed then.
+    ``cls`` gives ``agent`` a default. ``--agent ID`` decides which config flags exist and their
+    defaults; ``--resume RUN`` takes every default from that run's stored arguments; what decides
+    the weights cannot be changed then.
 
     Args:
         cls: The dataclass.
@@ -51,14 +93,14 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
     resume = _flag(argv, "resume")
     if resume is not None:
         default = load_arguments(cls, Path(resume))
-        default = dataclasses.replace(default, resume=resume)  # type: ignore[type-var]
+        default = dataclasses.replace(default, resume=resume)
     else:
         agent = _flag(argv, "agent") or _field_default(cls, "agent")
-        default = cls(agent=agent, config=spec(agent).config())  # type: ignore[call-arg]
+        default = cls(agent=agent, config=spec(agent).config())
     # The flags of ``config`` are those of the default's own class: tyro narrows to it.
     arguments = tyro.cli(cls, args=argv, default=default)
     if resume is not None:
-        bent = ("steps", "epochs") if default.config.optim.schedule == "cosine" else ()  # type: ignore[attr-defined]
+        bent = ("steps", "epochs") if default.config.optim.schedule == "cosine" else ()
         for name in (*_DECIDING, *bent):
             given, stored = getattr(arguments, name, None), getattr(default, name, None)
             if given != stored:
@@ -94,7 +136,7 @@ def load_arguments(cls: type[A], run: Path) -> A:
         config_class = type(spec(data["agent"]).config())
         config = config_class.from_dict(data.pop("config"))
         plain = dacite.Config(strict=True, cast=[tuple], type_hooks={AgentConfig: lambda _: config})
-        return dacite.from_dict(cls, {**data, "config": {}}, plain)  # type: ignore[type-var]
+        return dacite.from_dict(cls, {**data, "config": {}}, plain)
     except (OSError, ValueError, KeyError, TypeError, dacite.DaciteError) as error:
         raise CorruptFileError(
             f"Cannot resume {run}: {path} is missing or unreadable ({error}). Expected a run "
