@@ -213,14 +213,16 @@ def completed_evaluations(run: str | Path, tasks: Sequence[str]) -> dict[int, li
     return found
 
 
-def completed_targets(
-    run: str | Path, step: int, tasks: Sequence[str]
-) -> dict[str, list[TaskResult]]:
+def completed_targets(directory: str | Path, tasks: Sequence[str]) -> dict[str, list[TaskResult]]:
     """Reads the results of target returns after the first, by target (``"3600"``).
 
     Targets without results for every task, those of a killed run, are left out.
+
+    Args:
+        directory: Of one evaluation, for example :func:`evaluation_directory`.
+        tasks: Names of the tasks.
     """
-    folders = [task_directory(evaluation_directory(run, step), task) for task in tasks]
+    folders = [task_directory(directory, task) for task in tasks]
     names = sorted({path.name for folder in folders for path in folder.glob(f"{_TARGET}*")})
     found = {}
     for name in names:

@@ -4,13 +4,14 @@
     python scripts/evaluate.py --agent random --env mail_envs:metaworld/reach-v3 --episodes 50
 
 An artifact remembers the environments of its dataset, so --env is only needed to go elsewhere.
-Expect one line per task ("42/50 solved, 0.71-0.92" is the 95% Wilson interval) and, with --output,
-episodes.jsonl and summary.json per task, and videos when asked for.
+Expect one line per task ("42/50 solved, 0.71-0.92" is the 95% Wilson interval), a normalised score
+where the dataset has reference returns, and, with --output, episodes.jsonl and summary.json per
+task, result.json for reports, and videos when asked for.
 """
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,18 @@ import mail_agents
 from mail_agents.agent import Agent
 from mail_agents.errors import InvalidInputError, MailAgentsError, UnknownNameError
 from mail_agents.features import FeatureSpec
+from mail_agents.report.results import RunResult, group_by_task, save_results
+from mail_agents.report.scores import from_dataset, normalised_score
+from mail_agents.report.summary import score_lines
+from mail_agents.rollout import Evaluation
 from mail_agents.storage import write_atomic
-from mail_agents.suite import World, evaluate_worlds, worlds_of
+from mail_agents.suite import (
+    World,
+    completed_targets,
+    evaluate_worlds,
+    recorded_videos,
+    worlds_of,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,9 @@ class Args:
     """Leave out sampling noise."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights that act."""
+    target_returns: tuple[float, ...] = ()
+    """Returns to aim for, the headline's first, for return-conditioned agents; none named means the
+    agent's own."""
     videos: int = 0
     """Successful and failed episodes to record per task."""
     output: str | None = None
@@ -113,6 +127,35 @@ def load_or_make(args: Args) -> Agent:
     return agent
 
 
+def summarise(args: Args, agent: Agent, evaluations: dict[str, Evaluation]) -> RunResult:
+    """What a report needs to know about this evaluation.
+
+    Returns are scored by the references of the dataset whose environments were played; another
+    environment (--env) has none.
+    """
+    known = agent.provenance.get("dataset", {})
+    name, scores = known.get("name", ""), known.get("reference_scores", {})
+    if args.env is not None:
+        name, scores = args.env, {}
+    elif args.dataset is not None:
+        info = mail_agents.open_dataset(args.dataset).info
+        name, scores = info.name, info.reference_scores
+    episodes = [episode for each in evaluations.values() for episode in each.episodes]
+    return RunResult(
+        agent=agent.agent_id,
+        label=agent.agent_id,
+        dataset=name,
+        seed=agent.seed,
+        parameters=sum(parameter.numel() for parameter in agent.policy.parameters()),
+        evaluations={"last": group_by_task(episodes)},
+        config=agent.config.to_dict(),
+        videos=recorded_videos(args.output) if args.output else [],
+        references={t: r for t, r in from_dataset(scores).items() if t in evaluations},
+        target_return=episodes[0].target_return,
+        targets=completed_targets(args.output, list(evaluations)) if args.output else {},
+    )
+
+
 def main(args: Args) -> None:
     """Evaluates every task and writes the results."""
     console = Console(quiet=args.as_json, soft_wrap=True)
@@ -133,15 +176,24 @@ def main(args: Args) -> None:
         seed=args.seed,
         n_envs=args.n_envs,
         deterministic=args.deterministic,
+        target_returns=args.target_returns,
         directory=output,
         videos=args.videos,
         say=console.print,
     )
+    result = summarise(args, agent, evaluations)
     summaries = {task: evaluation.summary() for task, evaluation in evaluations.items()}
+    for task, reference in result.references.items():
+        returns = [episode.episode_return for episode in evaluations[task].episodes]
+        summaries[task]["normalised_score"] = float(normalised_score(returns, reference).mean())
+        summaries[task]["reference"] = asdict(reference)
     text = json.dumps(summaries, indent=2, sort_keys=True)
+    for line in score_lines(result):
+        console.print(line)
     if args.as_json:
         print(text)
     if output is not None:
+        save_results(output / "result.json", [result])
         write_atomic(output / "summary.json", (text + "\n").encode())
         console.print(f"results  {output}")
 

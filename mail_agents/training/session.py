@@ -163,7 +163,7 @@ def summarise_run(
         videos=recorded_videos(evaluation_directory(run, steps)),
         references=references,
         target_return=aimed[0] if aimed else None,
-        targets=completed_targets(run, steps, tasks),
+        targets=completed_targets(evaluation_directory(run, steps), tasks),
     )
 
 

@@ -1,12 +1,15 @@
 """scripts/evaluate.py at toy size, as a person would use it."""
 
 import json
+import re
 
 import pytest
-from toybox.world import ENV_ID
+from toybox.world import ENV_ID, make_dataset
 
 import mail_agents
 from mail_agents.data.store import open_dataset
+from mail_agents.report.results import load_results
+from mail_agents.report.scores import Reference
 
 
 @pytest.fixture
@@ -60,6 +63,45 @@ def test_an_artifact_knows_its_worlds(evaluate, artifact, tmp_path):
     assert code == 0, output
     protocol = json.loads(output)["point"]["protocol"]
     assert (protocol["weights"], protocol["deterministic"], protocol["seed"]) == ("raw", True, 5)
+
+
+def test_references_of_the_dataset_give_a_score(evaluate, tmp_path):
+    scored = make_dataset(tmp_path / "scored", reference_scores={"point": {"min": -100, "max": 0}})
+    arguments = ("--agent", "mean-action", "--episodes", 3, "--dataset", scored.path)
+    code, output = evaluate(*arguments, "--output", tmp_path / "out")
+    assert code == 0, output
+    assert re.search(r"point: normalised score [\d.-]+ \[.*\], of -100 to 0 \(dataset\)", output)
+    (result,) = load_results(tmp_path / "out" / "result.json")
+    assert result.dataset == scored.info.name
+    assert result.references == {"point": Reference(-100.0, 0.0)}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())["point"]
+    assert summary["normalised_score"] == pytest.approx(summary["return_mean"] + 100)
+    assert summary["reference"]["source"] == "dataset"
+    # Elsewhere the same returns would mean something else.
+    code, output = evaluate(*arguments, "--env", ENV_ID, "--task", "point")
+    assert code == 0, output
+    assert "score" not in output
+
+
+def test_target_returns(evaluate, tmp_path):
+    dataset = make_dataset(tmp_path / "data")
+    agent = mail_agents.make(
+        "dt", dataset.features, device="cpu", d_model=8, layers=1, history=2, max_timestep=20
+    )
+    agent.fit_statistics(dataset)
+    artifact = agent.save(tmp_path / "agent.safetensors")
+    out = tmp_path / "out"
+    code, output = evaluate(
+        *("--agent", artifact, "--episodes", 2, "--target-returns", "-1", "-2.5", "--output", out)
+    )
+    assert code == 0, output
+    (result,) = load_results(out / "result.json")
+    assert list(result.by_target()) == ["-1", "-2.5"]
+    assert result.parameters > 0
+    assert result.train_steps == 0
+    code, output = evaluate("--agent", "random", "--env", ENV_ID, "--target-returns", 1)
+    assert code == 1
+    assert "does not use target returns" in output
 
 
 def test_the_number_of_environments_changes_nothing(evaluate):

@@ -82,7 +82,7 @@ def demonstrations(episodes=8, task="point"):
         )
 
 
-def make_dataset(path, episodes=8):
+def make_dataset(path, episodes=8, **options):
     """Writes demonstrations, with the world they come from."""
     env = gymnasium.make(ENV_ID)
     return write_dataset(
@@ -91,4 +91,5 @@ def make_dataset(path, episodes=8):
         name="point",
         features=FeatureSpec.from_spaces(env.observation_space, env.action_space),
         env_specs={"point": {"id": ENV_ID, "kwargs": {}}},
+        **options,
     )
