@@ -92,4 +92,5 @@ if __name__ == "__main__":
     except MailAgentsError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        console.print("Interrupted. Run the same command again to continue.")
         sys.exit(130)

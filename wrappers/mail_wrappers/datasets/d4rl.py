@@ -138,7 +138,7 @@ def _spans(
             f"{file.path}: {left} of {file.rows} rows after the last end of an episode are left "
             "out (keep_trailing=True keeps them).",
             D4RLTrailingWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
