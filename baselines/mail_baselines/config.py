@@ -136,7 +136,8 @@ class SequenceConfig(OfflineConfig):
     loss_average: Literal["valid", "all"] = "valid"
     """Average the action loss over valid steps, or over all, so that padding shrinks it."""
     init: Literal["torch", "normal"] = "torch"
-    """Initial weights of embeddings and heads: torch's own, or N(0, 0.02) with zero biases."""
+    """Initial weights of embeddings and heads: torch's own, or N(0, 0.02) with zero biases; with
+    the latter, queries, keys and values of a transformer are Xavier uniform. Both as released."""
     acting: Literal["window", "stream"] = "window"
     """'window': read the last ``history`` steps anew at every step, as in training. 'stream': carry
     the trunk's state over the whole episode, at constant cost per step."""
@@ -212,7 +213,13 @@ class DTConfig(SequenceConfig):
 
         tokens = self.history * self.tokens_per_step
         return GPTTrunk(
-            self.d_model, self.layers, self.heads, self.dropout, self.activation, max_tokens=tokens
+            self.d_model,
+            self.layers,
+            self.heads,
+            self.dropout,
+            self.activation,
+            max_tokens=tokens,
+            xavier_qkv=self.init == "normal",
         )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mail_agents
 from mail_baselines.trunks import GPTTrunk, MambaTrunk, MultiGrainedTrunk
 
 
@@ -26,6 +27,12 @@ def test_transformer_starts_as_gpt2():
     wide = GPTTrunk(128, 2, xavier_qkv=True)
     assert stds(wide, "qkv.weight") == pytest.approx([0.0625] * 2, rel=0.05)
     assert stds(wide, "proj.weight", "0.weight") == pytest.approx([0.02] * 4, rel=0.05)
+
+
+@pytest.mark.parametrize(("agent_id", "std"), [("dt", 0.02), ("dt-corl", 0.0625)])
+def test_projections_of_presets_start_as_in_their_code(agent_id, std):
+    trunk = mail_agents.spec(agent_id).config().make_trunk()
+    assert stds(trunk, "qkv.weight") == pytest.approx([std] * 3, rel=0.05)
 
 
 def step_sizes(mixer) -> torch.Tensor:
