@@ -1,5 +1,8 @@
 """Tokens, heads, losses and sizes of the sequence policies."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -391,3 +394,16 @@ def test_images_are_refused_by_name():
     for agent_id in ("dt", "bc"):
         with pytest.raises(InvalidInputError, match=r"camera.*--observations state"):
             mail_agents.make(agent_id, camera, device="cpu")
+
+
+def test_listing_and_configuring_import_no_torch():
+    code = (
+        "import sys, mail_agents; ids = mail_agents.list_agents(tags=['offline-rl']);"
+        "[mail_agents.spec(i).config() for i in ids]; print(*ids);"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert set(done.stdout.split()) == {
+        *("dt", "dt-corl", "dt-released", "decision-mamba", "decision-mamba-released"),
+        *("dm", "dm-figure", "dm-paper", "dm-released", "bc", "bc-10", "bc-kzl"),
+    }
