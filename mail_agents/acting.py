@@ -62,6 +62,11 @@ class Acting(ABC):
 
     # ---- what a subclass may change -----------------------------------------------------------
 
+    @property
+    def remembers_planned(self) -> bool:
+        """Whether past actions are shown as planned, before they were clipped to their bounds."""
+        return False
+
     def visible_steps(self, valid: np.ndarray) -> np.ndarray:
         """How many of the newest steps the policy is shown when it plans.
 
@@ -223,8 +228,11 @@ class Acting(ABC):
         due = index[state.queue_position[index] >= state.executed]
         if len(due):
             chunks = self._plan(state, due, deterministic)
-            state.store_plan(due, self.features.action.clip(chunks))
-        action = state.pop(index).astype(self.features.action.dtype)
+            state.store_plan(due, chunks)
+        planned = state.pop(index)
+        action = self.features.action.clip(planned)
+        state.remember(index, planned if self.remembers_planned else action)
+        action = action.astype(self.features.action.dtype)
         return action[0] if single else action
 
     def _plan(self, state: Slots, due: np.ndarray, deterministic: bool) -> np.ndarray:

@@ -121,13 +121,16 @@ class Slots:
         self.started[slots] = True
 
     def pop(self, slots: np.ndarray) -> np.ndarray:
-        """Takes the next queued action of each slot and remembers it; ``(len(slots), *A)``."""
+        """Takes the next queued action of each slot; ``(len(slots), *A)``."""
         action = self.queue[slots, self.queue_position[slots]]
         self.queue_position[slots] += 1
+        return action
+
+    def remember(self, slots: np.ndarray, action: np.ndarray) -> None:
+        """Appends actions ``(len(slots), *A)`` to the past ones that the policy is shown."""
         if self.past_action.shape[1]:
             self.past_action[slots] = np.roll(self.past_action[slots], -1, axis=1)
             self.past_action[slots, -1] = action
-        return action
 
     def store_plan(self, slots: np.ndarray, chunk: np.ndarray) -> None:
         """Puts new chunks ``(len(slots), J, *A)`` into the queues."""

@@ -5,10 +5,9 @@ Differences from the released codes, each reversed by the ``-released`` presets:
 - short windows are padded behind the valid steps in training and not at all in acting, so padding
   has no influence with any trunk. The releases pad in front, with other values in training than in
   acting, which Mamba trunks take as input;
+- actions are clipped to the action space before they enter the history; the releases remember the
+  network's output as it is;
 - norms, biases, embeddings and state-space parameters are exempt from weight decay.
-
-And one that no preset reverses: actions are clipped to the action space before they enter the
-history. The releases remember the network's output as it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -96,6 +95,11 @@ class SequenceAgent(OfflineAgent):
             )
 
     # ---- acting -------------------------------------------------------------------------------
+
+    @property
+    def remembers_planned(self) -> bool:
+        """See :class:`~mail_agents.acting.Acting`; the released codes do."""
+        return self.config.padding == "left_legacy"
 
     def resolve_target(self, target: float | None) -> float | None:
         """Returns the target, or the highest return of the training data where none is given.

@@ -266,3 +266,21 @@ def test_returns_are_raw_and_termination_ends_the_episode(build, noise_env):
     assert first.episode_return == pytest.approx(2 * calls[: first.length].sum(), rel=1e-5)
     assert second.episode_return == pytest.approx(2 * calls[first.length :].sum(), rel=1e-5)
     assert found.protocol["target_return"] == 5.0
+
+
+@pytest.mark.parametrize(("padding", "seen"), [("left_legacy", 7.0), ("right", 1.0)])
+def test_released_agents_remember_what_they_planned(build, padding, seen, monkeypatch):
+    """kzl's loop (and its successors') appends the output as it is; the world gets it clipped."""
+    agent = build("decision-mamba", padding=padding)
+    batches = []
+
+    def plan(batch, generators, deterministic):
+        batches.append(batch)
+        return torch.full((len(generators), 1, 2), 7.0)
+
+    monkeypatch.setattr(agent.policy, "sample", plan)
+    agent.reset()
+    for _ in range(2):
+        np.testing.assert_array_equal(agent.act(np.zeros((1, 3), np.float32)), 1.0)
+        agent.step(np.zeros(1), np.zeros(1, bool), np.zeros(1, bool))
+    assert batches[-1]["past_action"][0, -1].tolist() == [seen, seen]
