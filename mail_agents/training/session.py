@@ -16,6 +16,7 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import RunResult, save_results
 from mail_agents.report.scores import from_dataset
 from mail_agents.report.settings import mean_score
+from mail_agents.report.summary import score_lines
 from mail_agents.seeding import derive_seed
 from mail_agents.suite import (
     completed_evaluations,
@@ -183,12 +184,14 @@ def finish_run(
         tasks: Names of the tasks it was evaluated on.
         steps: Updates done.
         seconds: Time of training.
-        say: Receives where everything is.
+        say: Receives normalised scores, where there are references, and where everything is.
     """
     run = arguments.run_dir
     artifact = agent.save(run / "agent.safetensors")
     result = summarise_run(agent, run, tasks, steps, seconds, arguments.seed)
     results = save_results(run / "result.json", [result])
+    for line in score_lines(result):
+        say(line)
     say(
         f"agent    {artifact}\nresults  {results}\nmetrics  {run / METRICS}\n"
         f"curves   tensorboard --logdir {run}"

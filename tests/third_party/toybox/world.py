@@ -82,13 +82,13 @@ def demonstrations(episodes=8, task="point"):
         )
 
 
-def make_dataset(path, episodes=8, **options):
+def make_dataset(path, episodes=8, name="point", **options):
     """Writes demonstrations, with the world they come from."""
     env = gymnasium.make(ENV_ID)
     return write_dataset(
         path,
         demonstrations(episodes),
-        name="point",
+        name=name,
         features=FeatureSpec.from_spaces(env.observation_space, env.action_space),
         env_specs={"point": {"id": ENV_ID, "kwargs": {}}},
         **options,
