@@ -3,8 +3,9 @@ r"""Compare agents: train every agent on every dataset with every seed, then wri
     python scripts/compare.py --agents mail/ed-ma-bc mail/ed-tr-bc random --datasets data/demo \
         --seeds 0 1 --steps 1000 --output runs/comparison
 
-An agent may carry config overrides after commas: mail/ed-ma-bc,encoder.layers=2,decoder.layers=2.
-Agents that exist already join with --trained LABEL=path/to/agent.safetensors.
+An agent may carry config overrides after commas, and a name for the report in front:
+small=mail/ed-ma-bc,encoder.layers=2,decoder.layers=2. Agents that exist already join with --trained
+LABEL=path/to/agent.safetensors.
 
 Each cell is one scripts/train.py run in its own process, --workers at a time; cells that are
 already done are reused and interrupted ones resumed, so a stopped comparison continues when the
@@ -53,7 +54,8 @@ class Args:
     """Compare agents on datasets over seeds."""
 
     agents: tuple[str, ...]
-    """Registered ids, each optionally followed by ',field=value' overrides."""
+    """Registered ids, each optionally followed by ',field=value' overrides and preceded by 'NAME='
+    for the report."""
     datasets: tuple[str, ...]
     """Dataset directories; one policy is trained on all tasks of a dataset."""
     seeds: tuple[int, ...] = (0,)
@@ -131,12 +133,12 @@ def flags(overrides: dict[str, object]) -> list[str]:
     """Turns config overrides into flags of scripts/train.py."""
     out: list[str] = []
     for name, value in overrides.items():
-        flag = "--config." + name.replace("_", "-")
+        group, dot, leaf = f"config.{name}".replace("_", "-").rpartition(".")
         if isinstance(value, bool):
-            out.append(flag if value else "--config." + "no-" + name.replace("_", "-"))
+            out.append(f"--{group}{dot}{leaf if value else f'no-{leaf}'}")
         else:
             values = value if isinstance(value, list) else [value]
-            out += [flag, *(str(item) for item in values)]
+            out += [f"--{group}{dot}{leaf}", *(str(item) for item in values)]
     return out
 
 
@@ -158,14 +160,14 @@ def plan(args: Args) -> list[Cell]:
 def trained_here(args: Args) -> Iterator[Cell]:
     """The cells of --agents."""
     _, common = parse_agent(f"common,{args.common}" if args.common else "common")
-    parsed = [(text, *parse_agent(text)) for text in args.agents]
-    ids = [agent for _, agent, _ in parsed]
+    parsed = [(name, text, *parse_agent(text)) for name, text in map(split_name, args.agents)]
+    ids = [agent for _, _, agent, _ in parsed]
     targets = targets_by_dataset(args, ids)
-    for text, agent, own in parsed:
+    for name, text, agent, own in parsed:
         found = spec(agent)
         overrides = own if "reference" in found.tags else {**common, **own}
         found.config(overrides)
-        label = agent if ids.count(agent) == 1 else text
+        label = name or (agent if ids.count(agent) == 1 else text)
         for dataset in args.datasets:
             aims = targets.get((agent, dataset), ())
             for seed in args.seeds:
@@ -180,6 +182,13 @@ def trained_here(args: Args) -> Iterator[Cell]:
                     *flags(overrides),
                 )
                 yield Cell(label, dataset, seed, directory, "train.py", command)
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Takes the name off 'NAME=id,field=value'; '' where there is none."""
+    first, comma, rest = text.partition(",")
+    name, _, agent = first.rpartition("=")
+    return name.strip(), f"{agent}{comma}{rest}"
 
 
 def targets_by_dataset(args: Args, ids: list[str]) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -327,7 +336,7 @@ def as_they_finish(futures: dict[Future, Cell], progress: RunsProgress) -> Itera
 
 def modules_of(args: Args) -> list[str]:
     """Modules that the agents of the comparison will import."""
-    found = [spec(parse_agent(text)[0]) for text in args.agents]
+    found = [spec(parse_agent(split_name(text)[1])[0]) for text in args.agents]
     modules = [one.entry_point.partition(":")[0] for one in found]
     if any("ddpm" in one.tags for one in found):
         modules.append("diffusers")

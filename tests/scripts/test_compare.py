@@ -75,12 +75,33 @@ def test_cells_are_agents_by_datasets_by_seeds(module):
 
 
 def test_flags(module):
-    assert module.flags({"a_b": True, "c": False, "d": [1, 2], "e.f_g": "x"}) == [
+    assert module.flags(
+        {"a_b": True, "c": False, "d": [1, 2], "e.f_g": "x", "e.on": True, "e.off": False}
+    ) == [
         "--config.a-b",
         "--config.no-c",
         *("--config.d", "1", "2"),
         *("--config.e.f-g", "x"),
+        "--config.e.on",
+        "--config.e.no-off",
     ]
+
+
+def test_flags_of_nested_switches_are_those_of_the_train_script(module, capsys):
+    from mail_agents.training.runs import RunArguments, parse_arguments
+
+    for value in (True, False):
+        argv = ["--agent", "dt", *module.flags({"self_evolution.enabled": value})]
+        config = parse_arguments(RunArguments, argv).config
+        assert config.self_evolution.enabled is value
+
+
+def test_an_agent_may_be_named(module):
+    agents = ("Small=dt,d_model=64,layers=2", "dt", "Other=bc")
+    cells = module.plan(module.Args(agents=agents, datasets=("a",)))
+    assert [cell.label for cell in cells] == ["Small", "dt", "Other"]
+    assert [cell.command[1] for cell in cells] == ["dt", "dt", "bc"]
+    assert "--config.d-model 64 --config.layers 2" in " ".join(cells[0].command)
 
 
 @pytest.mark.parametrize(
