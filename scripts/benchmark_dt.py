@@ -106,7 +106,10 @@ def load_corl(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     with standins():
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except (ImportError, SyntaxError) as error:
+            raise InvalidInputError(f"{path} cannot be imported: {error}.") from error
     if not hasattr(module, "DecisionTransformer") or not hasattr(module, "SequenceDataset"):
         raise InvalidInputError(f"{path} is not CORL's algorithms/offline/dt.py.")
     return module

@@ -45,7 +45,7 @@ from mail_agents.training.session import (
     start_training,
     trainable_parameters,
 )
-from mail_baselines.config import MultiGrainedConfig, OfflineConfig
+from mail_baselines.config import DecisionMambaConfig, MultiGrainedConfig
 from mail_baselines.d4rl_settings import adapt, published_targets
 
 console = Console(soft_wrap=True)
@@ -72,14 +72,14 @@ def main(args: Args) -> None:
     """Trains stage by stage, evaluates and reports."""
     if min(args.stages, args.eval_every, args.log_every, args.eval_envs) < 1:
         raise InvalidInputError("--stages, --eval-every, --log-every and --eval-envs start at 1.")
-    if not isinstance(args.config, OfflineConfig) or not args.agent.startswith(
-        ("decision-mamba", "dm")
-    ):
+    if min(args.eval_episodes, args.videos) < 0:
+        raise InvalidInputError("--eval-episodes and --videos start at 0 (none).")
+    if not isinstance(args.config, DecisionMambaConfig | MultiGrainedConfig):
         raise InvalidInputError(
             f"{args.agent!r} is no Decision Mamba; train it with scripts/train.py."
         )
     dataset = mail_agents.open_dataset(args.dataset)
-    config = adapt(args.config, args.agent, dataset.info)
+    config = adapt(args.config, args.agent, dataset.info, say=console.print)
     targets = args.target_returns or published_targets(args.agent, dataset.info)
 
     def make() -> Agent:
@@ -97,6 +97,10 @@ def main(args: Args) -> None:
     updates = args.config.self_evolution.steps_per_stage
     total = args.stages * updates
     first, seconds = start_training(agent, state, sampler, total)
+    if first > total:
+        raise InvalidInputError(
+            f"{args.run_dir} has done {first} updates, more than {total}; raise --stages."
+        )
     if args.compile:
         agent.policy.compile()
     console.print(

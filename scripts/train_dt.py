@@ -4,11 +4,11 @@ r"""Train a Decision Transformer on offline data (Chen et al. 2021, arXiv:2106.0
 
 The recipe of the released code: windows of 20 steps of (return-to-go, state, action), AdamW at 1e-4
 after 10,000 updates of warm-up, batches of 64, gradients clipped to 0.25, 10 iterations of 10,000
-updates; after each iteration 100 episodes for every target return. Named D4RL tasks take context,
-scale and targets from the published tables, other data aims for the best return it holds. --agent
-dt-corl is CORL's variant, dt-released the released padding. Expect a line per target and iteration,
-with the normalised score where the dataset has reference returns; the last iteration is the
-headline. Smaller, for a laptop:
+updates; after each iteration 100 episodes for every target return. Data that D4RL published takes
+context, scale and targets from the published tables, other data aims for the best return it holds.
+--agent dt-corl is CORL's variant, dt-released the released padding. Expect a line per target and
+iteration, and at the end the normalised score where the dataset has reference returns; the last
+iteration is the headline. Smaller, for a laptop:
 
     python scripts/train_dt.py --dataset data/sb3/hopper-medium --iterations 2 --updates 500 \
         --config.d-model 64 --config.history 10 --config.optim.warmup-steps 100 --eval-episodes 10
@@ -67,12 +67,14 @@ def main(args: Args) -> None:
     """Trains iteration by iteration, evaluates and reports."""
     if min(args.iterations, args.updates, args.log_every, args.eval_envs) < 1:
         raise InvalidInputError("--iterations, --updates, --log-every and --eval-envs start at 1.")
-    if "dt" not in args.agent.split("-"):
+    if min(args.eval_episodes, args.videos) < 0:
+        raise InvalidInputError("--eval-episodes and --videos start at 0 (none).")
+    if not isinstance(args.config, DTConfig):
         raise InvalidInputError(
             f"{args.agent!r} is no Decision Transformer; train it with scripts/train.py."
         )
     dataset = mail_agents.open_dataset(args.dataset)
-    config = adapt(args.config, args.agent, dataset.info)
+    config = adapt(args.config, args.agent, dataset.info, say=console.print)
     targets = args.target_returns or published_targets(args.agent, dataset.info)
 
     def make() -> Agent:
@@ -89,6 +91,10 @@ def main(args: Args) -> None:
     sampler = BatchSampler(len(windows), agent.config.optim.batch_size, args.seed)
     total = args.iterations * args.updates
     first, seconds = start_training(agent, state, sampler, total)
+    if first > total:
+        raise InvalidInputError(
+            f"{args.run_dir} has done {first} updates, more than {total}; raise --iterations."
+        )
     if args.compile:
         agent.policy.compile()
     console.print(

@@ -3,23 +3,23 @@
 Sources: ``gym/experiment.py`` of github.com/kzl/decision-transformer ("kzl"),
 ``configs/offline/dt`` of github.com/corl-team/CORL ("corl"), ``experiment-d4rl/experiment.py`` of
 github.com/aopolin-lv/DecisionMamba ("dm") and ``gym/util/trainer.py`` and ``run_experiments.sh`` of
-github.com/Toshihiro-Ota/decision-mamba ("ota"). Targets are raw returns; the first of each source
-is its headline. Published scores differ in which target they quote, so name it beside a score.
+github.com/Toshihiro-Ota/decision-mamba ("ota"). Targets are raw returns, in the order of the
+source. Published scores differ in which target they quote, so name it beside a score.
 
 One value is ours: Adroit returns are divided by 1000, where CORL feeds returns of 10,000 unscaled.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import DatasetInfo
 from mail_agents.errors import UnknownNameError, unknown_name
 from mail_agents.registry import spec
+from mail_baselines.config import SequenceConfig
 
-C = TypeVar("C", bound=AgentConfig)
+C = TypeVar("C", bound=SequenceConfig)
 
 Targets = Mapping[str, tuple[float, ...]]
 
@@ -154,9 +154,10 @@ def setting_of(info: DatasetInfo) -> D4RLSetting | None:
     Other data of the same tasks (recorded here, say) has other returns, so published targets would
     ask for what it does not hold.
     """
-    source, name = info.source, str(info.source.get("id", ""))
-    published = source.get("kind") == "d4rl-hdf5" or name.startswith("D4RL/")
-    if not published:
+    kind, name = info.source.get("kind"), str(info.source.get("id", ""))
+    # Other data that went through a file of D4RL's layout has a name without D4RL's version.
+    file = kind == "d4rl-hdf5" and re.search(r"-v\d+$", name)
+    if not (file or (kind == "minari" and name.startswith("D4RL/"))):
         return None
     try:
         return d4rl_setting(name)
@@ -164,20 +165,31 @@ def setting_of(info: DatasetInfo) -> D4RLSetting | None:
         return None
 
 
-def adapt(config: C, agent_id: str, info: DatasetInfo) -> C:
+def adapt(
+    config: C, agent_id: str, info: DatasetInfo, say: Callable[[str], None] | None = None
+) -> C:
     """Sets a config up for a dataset that D4RL published; fields that were changed stay.
 
     Args:
         config: A preset's config, possibly changed by the user.
         agent_id: The preset.
         info: Of the dataset.
+        say: Receives a line that names the fields that are set.
+
+    Returns:
+        The config with the published context, scale and table of times, and, for the plain
+        Decision Mamba, width and learning rate.
     """
     setting = setting_of(info)
     if setting is None:
         return config
     preset, chosen = _flat(spec(agent_id).config().to_dict()), _flat(config.to_dict())
-    overrides = setting.overrides(agent_id)
-    return config.replace({k: v for k, v in overrides.items() if chosen[k] == preset[k]})
+    kept = {k: v for k, v in setting.overrides(agent_id).items() if chosen[k] == preset[k]}
+    changes = {k: v for k, v in kept.items() if v != chosen[k]}
+    if changes and say is not None:
+        fields = ", ".join(f"{name} {value}" for name, value in changes.items())
+        say(f"published settings of {info.source['id']}: {fields}")
+    return config.replace(changes)
 
 
 def published_targets(agent_id: str, info: DatasetInfo) -> tuple[float, ...]:

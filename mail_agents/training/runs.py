@@ -24,7 +24,7 @@ ARGUMENTS = "arguments.json"
 METRICS = "metrics.jsonl"
 #: Arguments that decide the weights of a run, so that resuming cannot change them.
 _DECIDING = (
-    *("agent", "config", "seed", "validation", "precision"),
+    *("agent", "config", "seed", "validation", "precision", "updates"),
     *("observations", "demos", "demo_selection", "output"),
 )
 
@@ -100,7 +100,8 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
     # The flags of ``config`` are those of the default's own class: tyro narrows to it.
     arguments = tyro.cli(cls, args=argv, default=default)
     if resume is not None:
-        bent = ("steps", "epochs") if default.config.optim.schedule == "cosine" else ()
+        lengths = ("steps", "epochs", "iterations", "stages")
+        bent = lengths if default.config.optim.schedule == "cosine" else ()
         for name in (*_DECIDING, *bent):
             given, stored = getattr(arguments, name, None), getattr(default, name, None)
             if given != stored:

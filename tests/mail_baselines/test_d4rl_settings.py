@@ -1,10 +1,13 @@
 """Published settings by dataset, and the agents they make."""
 
+import h5py
+import numpy as np
 import pytest
 
 import mail_agents
+from mail_agents.data.dataset import DatasetInfo, MemoryDataset
 from mail_agents.errors import UnknownNameError
-from mail_baselines.d4rl_settings import d4rl_setting
+from mail_baselines.d4rl_settings import adapt, d4rl_setting, published_targets, setting_of
 
 
 @pytest.mark.parametrize(
@@ -74,3 +77,92 @@ def test_corl_counts_one_window_past_the_episode():
 def test_an_unknown_domain_is_refused_by_name():
     with pytest.raises(UnknownNameError, match=r"hoper.*Did you mean 'hopper'"):
         d4rl_setting("hoper-medium-v2")
+
+
+# ---- data that D4RL published, and other data --------------------------------------------------
+
+
+def published(name, kind="d4rl-hdf5"):
+    source = {"kind": kind, "id": name}
+    return DatasetInfo("data", ("t",), 1, 1, {}, source, {}, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("info", "targets"),
+    [
+        (published("hopper-medium-v2"), (3600, 1800)),
+        (published("D4RL/pen/human-v2", "minari"), ()),  # kzl has no Adroit
+        (published("D4RL/antmaze/umaze-v1", "minari"), ()),
+        (published("D4RL/pointmaze/umaze-v2", "minari"), None),  # no source has settings
+        (published("mujoco/hopper/expert-v0", "minari"), None),  # other data of the same body
+        (published("hopper", "sb3"), None),
+        (published("hopper-medium"), None),  # our own, through a file of D4RL's layout
+        (published("mine-v2"), None),
+    ],
+)
+def test_only_data_that_d4rl_published_has_settings(info, targets):
+    assert (setting_of(info) is None) == (targets is None)
+    assert published_targets("dt", info) == (targets or ())
+
+
+def test_data_without_a_source_have_no_settings(dataset):
+    assert setting_of(dataset.info) is None
+    assert published_targets("dt", dataset.info) == ()
+    config = mail_agents.spec("dt").config()
+    assert adapt(config, "dt", dataset.info) == config
+
+
+@pytest.mark.parametrize(
+    ("agent_id", "name", "targets"),
+    [
+        ("dt", "halfcheetah-medium-v2", (12000, 6000)),
+        ("dt-released", "walker2d-medium-v2", (5000, 2500)),
+        ("dt-corl", "pen-human-v1", (3100, 1550)),
+        ("decision-mamba", "hopper-medium-v2", (1800, 3600, 7200, 36000, 72000)),
+        ("decision-mamba-released", "pen-human-v1", ()),
+        ("dm", "halfcheetah-medium-expert-v2", (12000,)),
+        ("dm-released", "hopper-expert-v2", (3600,)),
+        ("dm-paper", "kitchen-mixed-v0", (5, 4, 3, 2, 1)),
+        ("bc", "hopper-medium-v2", ()),
+    ],
+)
+def test_an_agent_aims_for_the_targets_of_its_authors(agent_id, name, targets):
+    assert published_targets(agent_id, published(name)) == targets
+
+
+def test_a_published_dataset_sets_a_preset_up():
+    config = adapt(mail_agents.spec("dt").config(), "dt", published("reacher2d-medium-v1"))
+    assert (config.history, config.return_scale, config.max_timestep) == (5, 10.0, 100)
+    config = adapt(mail_agents.spec("dt-corl").config(), "dt-corl", published("hopper-medium-v2"))
+    assert config == mail_agents.spec("dt-corl").config({"return_scale": 1000.0})
+    mamba = mail_agents.spec("decision-mamba").config()
+    config = adapt(mamba, "decision-mamba", published("hopper-medium-v2"))
+    assert (config.d_model, config.optim.lr, config.optim.warmup_steps) == (256, 1e-4, 10_000)
+
+
+def test_fields_that_were_changed_stay_and_the_others_are_said():
+    said = []
+    config = mail_agents.spec("decision-mamba").config(
+        {"d_model": 64, "return_scale": 500.0, "optim.lr": 3e-4, "max_timestep": 300}
+    )
+    assert adapt(config, "decision-mamba", published("hopper-medium-v2"), said.append) == config
+    assert said == []
+    config = config.replace({"optim.lr": 1e-3})  # as in the preset
+    adapted = adapt(config, "decision-mamba", published("hopper-medium-v2"), said.append)
+    assert adapted == config.replace({"optim.lr": 1e-4})
+    assert said == ["published settings of hopper-medium-v2: optim.lr 0.0001"]
+
+
+def test_a_file_of_d4rl_is_published_and_a_file_we_wrote_is_not(tmp_path, trajectory):
+    from mail_wrappers.datasets.d4rl import convert_d4rl, write_d4rl
+
+    rng = np.random.default_rng(0)
+    data = MemoryDataset([trajectory(5, rng, states=11, actions=3)], name="hopper-medium")
+    write_d4rl(data, tmp_path / "ours.hdf5")
+    assert setting_of(convert_d4rl(tmp_path / "ours.hdf5", tmp_path / "ours").info) is None
+
+    with h5py.File(tmp_path / "ours.hdf5", "a") as file:
+        del file["metadata"]  # nothing says any more who wrote it
+    (tmp_path / "ours.hdf5").rename(tmp_path / "hopper_medium-v2.hdf5")
+    info = convert_d4rl(tmp_path / "hopper_medium-v2.hdf5", tmp_path / "theirs").info
+    assert setting_of(info) == d4rl_setting("hopper-medium-v2")
