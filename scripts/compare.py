@@ -351,10 +351,7 @@ def write_all(args: Args, done: dict[Cell, RunResult], failed: list[Cell]) -> No
     write_episodes(
         output / "episodes.csv", [(result, cell.directory) for cell, result in done.items()]
     )
-    shown = [tables.score_rows(results)]
-    several = any("best" in result.evaluations for result in results)
-    if several or len(settings) > tables.MANY_SETTINGS:
-        shown.insert(0, tables.overview_rows(results))
+    shown = tables.main_tables(results)
     text = "\n".join(tables.to_markdown(table) for table in shown)
     write_atomic(output / "table.md", (text + "\n").encode())
     bars = "success.png" if overall_measure(settings) == "success" else "scores.png"

@@ -8,7 +8,7 @@ import numpy as np
 from mail_agents.report import estimates, summary
 from mail_agents.report.curves import curves, profiles
 from mail_agents.report.results import RunResult, agents_of
-from mail_agents.report.settings import Setting, overall_measure, settings_of
+from mail_agents.report.settings import Measure, Setting, overall_measure, settings_of
 from mail_agents.report.stats import Estimate
 
 _WIDTH, _HEIGHT = 560, 260
@@ -29,7 +29,7 @@ def score_panel(results: Sequence[RunResult], setting: Setting | None, which: st
         else estimates.estimate(runs, setting, which)
         for label, runs in groups.items()
     }
-    low, high = _range([e for e in found.values() if e is not None], measure == "success")
+    low, high = _range([e for e in found.values() if e is not None], measure)
 
     def place(value: float) -> float:
         return 100 * (value - low) / (high - low)
@@ -61,11 +61,13 @@ def score_panel(results: Sequence[RunResult], setting: Setting | None, which: st
     return f'<div class="panel{wide}"><h3>{heading}</h3>{"".join(rows)}</div>'
 
 
-def _range(found: Sequence[Estimate], success: bool) -> tuple[float, float]:
-    """Ends of an axis that holds zero and every interval."""
-    if success:
+def _range(found: Sequence[Estimate], measure: Measure) -> tuple[float, float]:
+    """Ends of an axis that holds zero, every interval and, for scores, the upper reference."""
+    if measure == "success":
         return 0.0, 1.0
     ends = [0.0, *(x for e in found for x in (e.low, e.high, e.value))]
+    if measure == "score":
+        ends.append(100.0)
     low, high = min(ends), max(ends)
     return low, high if high > low else low + 1.0
 

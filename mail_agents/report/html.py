@@ -204,7 +204,9 @@ def _describe(runs: Sequence[RunResult]) -> str:
         return f"{run.agent}, does not learn"
     parameters, updates, seconds = tables.cost_cells(runs)
     chunk = [
-        f"{key} {run.config[key]}" for key in ("history", "horizon", "execute") if key in run.config
+        f"{key} {run.config[key]}"
+        for key in ("history", "horizon", "execute")
+        if run.config.get(key) is not None
     ]
     return ", ".join(
         [run.agent, f"{parameters} parameters", f"{updates} updates in {seconds}", *chunk]

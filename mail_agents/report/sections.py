@@ -64,10 +64,10 @@ def numbers(results: Sequence[RunResult]) -> str:
     """All scores as tables: an overview where there is more than one, then each checkpoint."""
     settings = settings_of(results)
     names = list(dict.fromkeys(name for run in results for name in run.evaluations))
-    blocks = []
-    if len(names) > 1 or len(settings) > MANY_SETTINGS:
-        blocks.append(table(tables.overview_rows(results), results))
-    for name in names:
+    overview = len(names) > 1 or len(settings) > MANY_SETTINGS
+    blocks = [table(tables.overview_rows(results), results)] if overview else []
+    # Of a single setting the overview has said everything.
+    for name in () if overview and len(settings) == 1 else names:
         evaluated = [run for run in results if name in run.evaluations]
         rows = table(tables.score_rows(evaluated, name), results)
         if name != "last" and len(settings) > MANY_SETTINGS:

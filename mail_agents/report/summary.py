@@ -204,7 +204,13 @@ def _lead(
             f"{names} {'reaches' if alone else 'each reach'} a mean {what} of {score.value:.1f} on "
             f"{noun(settings)} ({sure})"
         )
-    return text + (f", the most of the {len(order)} agents." if len(order) > len(tied) else ".")
+    if len(order) == len(tied):
+        return f"{text}."
+    text += f", the most of the {len(order)} agents"
+    if measure != "success":
+        label, runner_up = order[len(tied)]
+        text += f"; next is {label} with {format_score(runner_up, measure)}"
+    return f"{text}."
 
 
 def _leaders(groups: dict[str, list[RunResult]], settings: Sequence[Setting], which: str) -> str:

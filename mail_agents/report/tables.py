@@ -105,6 +105,20 @@ def overview_rows(results: Sequence[RunResult]) -> Rows:
     return Rows((table.header[0], _COSTS[0], *table.header[1:], *_COSTS[1:]), rows, best)
 
 
+def main_tables(results: Sequence[RunResult]) -> list[Rows]:
+    """The tables that say it all: scores, after an overview where there is more than one per agent.
+
+    That is with further checkpoints or more than six settings; of a single setting the overview has
+    said everything.
+    """
+    settings = settings_of(results)
+    several = any(name != "last" for run in results for name in run.evaluations)
+    if not several and len(settings) <= MANY_SETTINGS:
+        return [score_rows(results)]
+    scores = [score_rows(results)] if len(settings) > 1 else []
+    return [overview_rows(results), *scores]
+
+
 def _overall(
     results: Sequence[RunResult],
     settings: Sequence[Setting],

@@ -289,7 +289,7 @@ def test_headline_of_scores():
     text = headline(scored(datasets=("hopper-a", "walker2d-b")))
     assert text == (
         "decision-mamba-released reaches a mean normalised score of 30.6 on 2 datasets "
-        "(± 0.1 over 3 seeds), the most of the 4 agents."
+        "(± 0.1 over 3 seeds), the most of the 4 agents; next is bc with 20.6 ± 0.1."
     )
     assert "on 1 dataset (95 % interval 0.0 to 0.0)" in headline(
         scored(AGENTS[3:], DATASETS[:1], 1)
@@ -430,6 +430,24 @@ def test_page_of_scores(tmp_path):
     assert text.count("67.6") == 1
     without = write_report(runs, tmp_path / "s.html").read_text("utf-8")
     assert "Published numbers" not in without
+
+
+def test_the_main_tables_do_not_repeat_themselves(results):
+    assert tables.main_tables(results) == [score_rows(results)]
+    runs = scored()
+    assert tables.main_tables(runs) == [overview_rows(runs), score_rows(runs)]
+    best = [replace(r, evaluations={**r.evaluations, "best": r.tasks()}) for r in runs[:3]]
+    assert tables.main_tables(best) == [overview_rows(best)]
+
+
+def test_one_setting_has_one_table(tmp_path):
+    runs = scored(AGENTS[:2], DATASETS[:1])
+    html = write_report(runs, tmp_path / "a.html").read_text("utf-8")
+    assert html.count("<table") == 1
+    runs = [replace(r, evaluations={**r.evaluations, "best": r.tasks()}) for r in runs]
+    html = write_report(runs, tmp_path / "b.html").read_text("utf-8")
+    assert html.count("<table") == 1
+    assert "best checkpoint" in html
 
 
 def test_figures_of_several_datasets(tmp_path):
