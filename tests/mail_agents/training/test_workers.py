@@ -1,7 +1,9 @@
 """Scripts in processes of their own, forked from one that has imported everything."""
 
 import os
+import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -87,8 +89,6 @@ def alive(pid):
 
 
 def test_closing_ends_what_runs(worker, script, tmp_path):
-    import threading
-
     codes, started = [], tmp_path / "pid"
     arguments = (script, ["sleep", str(started)], tmp_path / "log")
     thread = threading.Thread(target=lambda: codes.append(worker.run(*arguments)))
@@ -105,6 +105,34 @@ def test_closing_ends_what_runs(worker, script, tmp_path):
         assert not alive(int(started.read_text()))
     with pytest.raises(MailAgentsError, match="closed"):
         worker.run(script, ["fine"], tmp_path / "log")
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from mail_agents.training import workers
+workers.PRELOADED = ()
+script, pid, log = sys.argv[1:]
+workers.Worker(1).run(Path(script), ["sleep", pid], Path(log))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forking is for Linux")
+def test_nothing_outlives_who_asked_for_it(script, tmp_path):
+    started = tmp_path / "pid"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(script), str(started), str(tmp_path / "log")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    deadline = time.monotonic() + 30
+    while not (started.exists() and started.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    while alive(int(started.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forking is for Linux")
@@ -126,8 +154,6 @@ def test_a_killed_server_is_replaced(script, tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="forking is for Linux")
 def test_what_is_preloaded_is_safe_to_fork():
     """A thread of the server would be missing in its children, and hold its locks for ever."""
-    import subprocess
-
     code = (
         "import importlib, os\n"
         f"for name in {workers.PRELOADED!r}: importlib.import_module(name)\n"
