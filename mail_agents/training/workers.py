@@ -175,7 +175,12 @@ def _become(job: dict) -> NoReturn:
         os.dup2(nothing.fileno(), 0)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    sys.argv = [job["script"], *job["arguments"]]
+    command = [job["script"], *job["arguments"]]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda._is_in_bad_fork():
+        # Something imported has looked at the GPU, which a forked process can then not use.
+        os.execv(sys.executable, [sys.executable, *command])
+    sys.argv = command
     sys.path.insert(0, os.path.dirname(job["script"]))
     code: Any = 0
     try:

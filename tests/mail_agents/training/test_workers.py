@@ -107,6 +107,30 @@ def test_closing_ends_what_runs(worker, script, tmp_path):
         worker.run(script, ["fine"], tmp_path / "log")
 
 
+POISON = """
+import sys, types
+sys.modules["torch"] = types.SimpleNamespace(
+    cuda=types.SimpleNamespace(_is_in_bad_fork=lambda: True)
+)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forking is for Linux")
+def test_a_script_that_could_not_use_the_gpu_is_started_from_scratch(script, tmp_path, monkeypatch):
+    (tmp_path / "poison.py").write_text(POISON)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.setattr(workers, "PRELOADED", ("poison",))
+    worker, log = Worker(3), tmp_path / "log"
+    try:
+        assert worker.run(script, ["threads", "a b"], log) == 30
+        assert worker.run(script, ["crash"], log) == 1
+    finally:
+        worker.close()
+    text = log.read_text()
+    assert "['threads', 'a b']" in text
+    assert "mail_agents" not in text  # the traceback has no frame of the server
+
+
 PARENT = """
 import sys
 from pathlib import Path
