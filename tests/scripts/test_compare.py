@@ -267,6 +267,7 @@ def test_scores_targets_and_ready_made_agents(scripts, tmp_path):
         *("--agents", small, "random", "--datasets", data, "--seeds", 0, 1, "--steps", 4),
         *("--eval-every", 2, "--eval-episodes", 2, "--device", "cpu", "--output", output),
         *("--target-returns", "hopper-medium=-1", "-3", "--trained", f"Expert={artifact}"),
+        *("--workers", 1),
     )  # fmt: skip
     assert code == 0, text
     results = load_results(output / "results.json")
@@ -304,7 +305,7 @@ def test_ctrl_c_ends_everything_and_the_same_command_continues(tmp_path, point_d
     command = [
         *(sys.executable, str(repository / "scripts" / "compare.py"), "--agents", TINY, "random"),
         *("--datasets", str(point_dataset), "--seeds", "0", "1", "--steps", "1000000"),
-        *("--device", "cpu", "--output", str(output), "--workers", "2"),
+        *("--device", "cpu", "--output", str(output), "--workers", "1"),
     ]
     process = subprocess.Popen(
         command,
