@@ -12,24 +12,22 @@ A killed run continues exactly where its last checkpoint was:
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 import mail_agents
-from mail_agents.agent import Agent
 from mail_agents.checkpoint import save_checkpoint
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import split_episodes
-from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError, MailAgentsError
-from mail_agents.suite import check_targets, evaluate_worlds, evaluation_directory, worlds_of
+from mail_agents.suite import evaluation_directory
 from mail_agents.training.runs import Run, RunArguments, parse_arguments
 from mail_agents.training.session import (
+    evaluator,
     finish_run,
-    open_agent,
+    open_run,
     start_training,
     task_warning,
     trainable_parameters,
@@ -68,43 +66,20 @@ def main(args: Args) -> None:
         raise InvalidInputError("--eval-episodes, --eval-every and --videos start at 0 (none).")
     dataset = mail_agents.open_dataset(args.dataset)
     train, held_out = split_episodes(len(dataset), args.validation, args.seed)
-
-    def make() -> Agent:
-        features = dataset.features.select(args.observations)
-        return mail_agents.make(
-            args.agent, features, config=args.config, device=args.device, seed=args.seed
-        )
-
-    resume = args.resume is not None
-    agent, state = open_agent(args.run_dir, resume, dataset, train, make, args.device)
-    check_targets(agent, args.target_returns)
-    episodes = agent.training_episodes(dataset, train)
-    windows = dataset.windows(agent.window_spec, episodes)
+    agent, state, windows, sampler = open_run(args, dataset, train)
     checks = dataset.windows(agent.window_spec, held_out) if held_out else None
-    sampler = BatchSampler(len(windows), args.config.optim.batch_size, args.seed)
+    evaluate = evaluator(args, agent, dataset, console.print, args.target_returns)
     first, seconds = start_training(agent, state, sampler, args.steps)
-    if args.compile:
-        agent.policy.compile()
     if (note := task_warning(agent)) is not None:
         console.print(note)
-    parameters = trainable_parameters(agent)
+    episodes, parameters = agent.training_episodes(dataset, train), trainable_parameters(agent)
     total = args.steps if parameters else 0  # reference agents only take statistics
     console.print(
         f"{args.agent}: {parameters:,} parameters, {len(windows):,} windows of "
         f"{len(episodes)} episodes, {len(dataset.info.tasks)} tasks, on {agent.device}"
     )
 
-    evaluate = partial(
-        evaluate_worlds,
-        agent,
-        worlds_of(dataset.info.env_specs) if args.eval_episodes else [],
-        args.eval_episodes,
-        seed=args.eval_seed,
-        n_envs=args.eval_envs,
-        target_returns=args.target_returns,
-        say=console.print,
-    )
-    with Run(args.run_dir, args, first if resume else None) as run:
+    with Run(args.run_dir, args, first if args.resume else None) as run:
         clock = time.perf_counter()
         quiet = not sys.stdout.isatty()
         for step in track(range(first, total), "training", console=console, disable=quiet):

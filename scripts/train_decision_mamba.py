@@ -25,23 +25,21 @@ the headline. Smaller, for a laptop:
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 import mail_agents
-from mail_agents.agent import Agent
 from mail_agents.checkpoint import save_checkpoint
 from mail_agents.config import AgentConfig
-from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError, MailAgentsError
-from mail_agents.suite import check_targets, evaluate_worlds, evaluation_directory, worlds_of
+from mail_agents.suite import evaluation_directory
 from mail_agents.training.runs import Run, RunArguments, parse_arguments
 from mail_agents.training.session import (
+    evaluator,
     finish_run,
-    open_agent,
+    open_run,
     start_training,
     trainable_parameters,
 )
@@ -81,46 +79,19 @@ def main(args: Args) -> None:
     dataset = mail_agents.open_dataset(args.dataset)
     config = adapt(args.config, args.agent, dataset.info, say=console.print)
     targets = args.target_returns or published_targets(args.agent, dataset.info)
-
-    def make() -> Agent:
-        features = dataset.features.select(args.observations)
-        return mail_agents.make(
-            args.agent, features, config=config, device=args.device, seed=args.seed
-        )
-
-    resume = args.resume is not None
-    everything = list(range(len(dataset)))
-    agent, state = open_agent(args.run_dir, resume, dataset, everything, make, args.device)
-    check_targets(agent, targets)
-    windows = dataset.windows(agent.window_spec)
-    sampler = BatchSampler(len(windows), agent.config.optim.batch_size, args.seed)
+    agent, state, windows, sampler = open_run(args, dataset, config=config)
+    evaluate = evaluator(args, agent, dataset, console.print, targets)
     updates = args.config.self_evolution.steps_per_stage
     total = args.stages * updates
     first, seconds = start_training(agent, state, sampler, total)
-    if first > total:
-        raise InvalidInputError(
-            f"{args.run_dir} has done {first} updates, more than {total}; raise --stages."
-        )
-    if args.compile:
-        agent.policy.compile()
     console.print(
         f"{args.agent}: {trainable_parameters(agent):,} parameters, {len(windows):,} windows of "
         f"{agent.config.history} steps, targets {targets or 'the best return in the data'}, "
         f"on {agent.device}"
     )
 
-    evaluate = partial(
-        evaluate_worlds,
-        agent,
-        worlds_of(dataset.info.env_specs) if args.eval_episodes else [],
-        args.eval_episodes,
-        seed=args.eval_seed,
-        n_envs=args.eval_envs,
-        target_returns=targets,
-        say=console.print,
-    )
     quiet = not sys.stdout.isatty()
-    with Run(args.run_dir, args, first if resume else None) as run:
+    with Run(args.run_dir, args, first if args.resume else None) as run:
         for stage in range(first // updates + 1, args.stages + 1):
             clock = time.perf_counter()
             agent.policy.train()

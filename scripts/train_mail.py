@@ -13,7 +13,6 @@ epoch of evaluation, then the suite's score. --resume RUN continues a killed run
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,18 +21,17 @@ from rich.console import Console
 from rich.progress import track
 
 import mail_agents
-from mail_agents.agent import Agent
 from mail_agents.agents.mail_config import MailConfig
 from mail_agents.checkpoint import save_checkpoint
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import TrajectoryDataset, select_demos
-from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError, MailAgentsError
-from mail_agents.suite import evaluate_worlds, evaluation_directory, worlds_of
+from mail_agents.suite import evaluation_directory
 from mail_agents.training.runs import Run, RunArguments, parse_arguments
 from mail_agents.training.session import (
+    evaluator,
     finish_run,
-    open_agent,
+    open_run,
     start_training,
     task_warning,
     trainable_parameters,
@@ -84,23 +82,11 @@ def main(args: Args) -> None:
         raise InvalidInputError(f"{args.agent!r} is no MaIL agent; train it with scripts/train.py.")
     dataset = mail_agents.open_dataset(args.dataset)
     episodes = select_episodes(dataset, args)
-
-    def make() -> Agent:
-        features = dataset.features.select(args.observations)
-        return mail_agents.make(
-            args.agent, features, config=args.config, device=args.device, seed=args.seed
-        )
-
-    resume = args.resume is not None
-    agent, state = open_agent(args.run_dir, resume, dataset, episodes, make, args.device)
-    episodes = agent.training_episodes(dataset, episodes)
-    windows = dataset.windows(agent.window_spec, episodes)
-    sampler = BatchSampler(len(windows), args.config.optim.batch_size, args.seed)
+    agent, state, windows, sampler = open_run(args, dataset, episodes)
+    evaluate = evaluator(args, agent, dataset, console.print)
     per_epoch = sampler.batches_per_epoch
     total = args.epochs * per_epoch
     first, seconds = start_training(agent, state, sampler, total)
-    if args.compile:
-        agent.policy.compile()
     if (note := task_warning(agent)) is not None:
         console.print(note)
     console.print(
@@ -109,17 +95,8 @@ def main(args: Args) -> None:
         f"{per_epoch} updates per epoch, on {agent.device}"
     )
 
-    evaluate = partial(
-        evaluate_worlds,
-        agent,
-        worlds_of(dataset.info.env_specs) if args.eval_episodes else [],
-        args.eval_episodes,
-        seed=args.eval_seed,
-        n_envs=args.eval_envs,
-        say=console.print,
-    )
     quiet = not sys.stdout.isatty()
-    with Run(args.run_dir, args, first if resume else None) as run:
+    with Run(args.run_dir, args, first if args.resume else None) as run:
         epochs = range(first // per_epoch, args.epochs)
         for epoch in track(epochs, "epochs", console=console, disable=quiet):
             clock = time.perf_counter()

@@ -1,28 +1,36 @@
 """What train scripts do before and after their loop: start or resume, and sum up."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+import mail_agents
 from mail_agents.checkpoint import (
     has_checkpoint,
     last_checkpoint,
     load_checkpoint,
     restore_training_state,
 )
+from mail_agents.config import AgentConfig
+from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import RunResult, save_results
 from mail_agents.report.scores import from_dataset
 from mail_agents.report.settings import mean_score
 from mail_agents.report.summary import score_lines
+from mail_agents.rollout import Evaluation
 from mail_agents.seeding import derive_seed
 from mail_agents.suite import (
+    check_targets,
     completed_evaluations,
     completed_targets,
+    evaluate_worlds,
     evaluation_directory,
     recorded_videos,
+    worlds_of,
 )
 from mail_agents.training.runs import METRICS, RunArguments, read_metrics
 
@@ -30,7 +38,6 @@ if TYPE_CHECKING:
     from mail_agents.agent import Agent
     from mail_agents.data.dataset import TrajectoryDataset
     from mail_agents.data.views import StepView
-    from mail_agents.data.windows import BatchSampler
 
 
 def task_warning(agent: "Agent") -> str | None:
@@ -90,8 +97,63 @@ def open_agent(
     return agent, state
 
 
+class OpenRun(NamedTuple):
+    """What a train loop works with.
+
+    Attributes:
+        agent: Made and fitted, or loaded.
+        state: Saved state for :func:`start_training`; None for a new run.
+        windows: Training samples.
+        sampler: Draws from them.
+    """
+
+    agent: "Agent"
+    state: dict[str, Any] | None
+    windows: "StepView"
+    sampler: BatchSampler
+
+
+def open_run(
+    arguments: RunArguments,
+    dataset: "TrajectoryDataset",
+    episodes: Sequence[int] | None = None,
+    config: AgentConfig | None = None,
+) -> OpenRun:
+    """Makes a new run's agent, or loads that of a resumed one, with the data it trains on.
+
+    Args:
+        arguments: Of the script.
+        dataset: What the agent trains on.
+        episodes: Training episodes; None takes all. The agent may choose among them.
+        config: The agent's settings; None takes those of ``arguments``.
+
+    Raises:
+        InvalidInputError: A resumed run was trained on other data.
+        FeatureMismatchError: The agent cannot use the dataset.
+        CorruptFileError: The checkpoint cannot be used.
+    """
+    chosen = list(range(len(dataset))) if episodes is None else list(episodes)
+
+    def make() -> "Agent":
+        return mail_agents.make(
+            arguments.agent,
+            dataset.features.select(arguments.observations),
+            config=config or arguments.config,
+            device=arguments.device,
+            seed=arguments.seed,
+        )
+
+    resume = arguments.resume is not None
+    agent, state = open_agent(arguments.run_dir, resume, dataset, chosen, make, arguments.device)
+    windows = dataset.windows(agent.window_spec, agent.training_episodes(dataset, chosen))
+    sampler = BatchSampler(len(windows), agent.config.optim.batch_size, arguments.seed)
+    if arguments.compile:
+        agent.policy.compile()
+    return OpenRun(agent, state, windows, sampler)
+
+
 def start_training(
-    agent: "Agent", state: Mapping[str, Any] | None, sampler: "BatchSampler", total_steps: int
+    agent: "Agent", state: Mapping[str, Any] | None, sampler: BatchSampler, total_steps: int
 ) -> tuple[int, float]:
     """Prepares optimiser, random streams and sampler for the next update.
 
@@ -103,6 +165,9 @@ def start_training(
 
     Returns:
         The updates done so far and the seconds they took.
+
+    Raises:
+        InvalidInputError: More updates are done than the run is to have.
     """
     if trainable_parameters(agent):
         agent.configure_optim(total_steps)
@@ -110,9 +175,42 @@ def start_training(
         # Dropout draws from torch's global stream.
         torch.manual_seed(derive_seed(agent.seed, "train", 1))
         return 0, 0.0
+    done = int(state["step"])
+    if done > total_steps:
+        raise InvalidInputError(
+            f"The run has done {done:,} updates already, more than the {total_steps:,} asked for; "
+            "make it longer."
+        )
     restore_training_state(agent, state["agent"])
     sampler.load_state_dict(state["loop"]["sampler"])
-    return int(state["step"]), float(state["loop"]["seconds"])
+    return done, float(state["loop"]["seconds"])
+
+
+def evaluator(
+    arguments: RunArguments,
+    agent: "Agent",
+    dataset: "TrajectoryDataset",
+    say: Callable[[str], None],
+    target_returns: Sequence[float] = (),
+) -> Callable[..., dict[str, Evaluation]]:
+    """Returns :func:`~mail_agents.suite.evaluate_worlds` for the tasks of a dataset.
+
+    Takes ``directory`` and ``videos``; evaluates nothing when no episodes are asked for.
+
+    Raises:
+        InvalidInputError: The agent has no use for targets, or an environment is not known here.
+    """
+    check_targets(agent, target_returns)
+    return partial(
+        evaluate_worlds,
+        agent,
+        worlds_of(dataset.info.env_specs) if arguments.eval_episodes else [],
+        arguments.eval_episodes,
+        seed=arguments.eval_seed,
+        n_envs=arguments.eval_envs,
+        target_returns=target_returns,
+        say=say,
+    )
 
 
 @torch.no_grad()

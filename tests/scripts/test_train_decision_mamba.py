@@ -77,7 +77,7 @@ def test_a_run_from_end_to_end(train, tmp_path, point_dataset):
 
     code, output = train("--resume", "run", "--stages", 4)
     assert code == 1
-    assert "has done 15 updates, more than 12" in output
+    assert "has done 15 updates" in output
 
 
 def test_the_plain_model_has_stages_without_self_evolution(train, tmp_path):

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from toybox.world import make_dataset
+from toybox.world import ENV_ID, demonstrations, make_dataset
 
 import mail_agents
 from mail_agents.checkpoint import last_checkpoint, load_checkpoint
+from mail_agents.data.store import write_dataset
 from mail_agents.report.results import load_results
 from mail_agents.training.runs import read_metrics
 
@@ -66,7 +67,7 @@ def test_a_run_from_end_to_end(train, tmp_path):
     assert "was started with updates=3" in output
     code, output = train("--resume", "run", "--iterations", 1)
     assert code == 1
-    assert "has done 6 updates, more than 3" in output
+    assert "has done 6 updates already, more than the 3" in output
     code, output = train("--resume", "run", "--iterations", 3)
     assert code == 0, output
     assert "iteration 3, 9 updates" in output
@@ -156,6 +157,25 @@ def test_mistakes_are_explained_without_a_traceback(train, point_dataset, argume
     assert code == 1, output
     assert words in output
     assert "Traceback" not in output
+
+
+def test_a_world_with_longer_episodes_is_refused_before_training(train, tmp_path, point_dataset):
+    data = write_dataset(
+        tmp_path / "data",
+        demonstrations(2),
+        name="d",
+        features=mail_agents.open_dataset(point_dataset).features,
+        env_specs={"point": {"id": ENV_ID, "kwargs": {}, "max_episode_steps": 12}},
+    )
+    assert data.lengths.max() < 11
+    command = (*TINY, "--dataset", data.path, "--iterations", 1, "--updates", 1, "--output", "run")
+    code, output = train(*command, "--config.max-timestep", 11)
+    assert code == 1
+    assert "Time step 11" in output
+    assert "--config.max-timestep" in output
+    assert not (tmp_path / "run").exists()
+    code, output = train(*command, "--config.max-timestep", 12)
+    assert code == 0, output
 
 
 def test_the_length_of_a_cosine_schedule_cannot_change(train, point_dataset):
