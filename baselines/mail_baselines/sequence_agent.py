@@ -63,10 +63,13 @@ class SequenceAgent(OfflineAgent):
 
         Raises:
             FeatureMismatchError: The dataset lacks what the agent was made for.
-            InvalidInputError: An episode is longer than ``max_timestep``.
+            InvalidInputError: An episode, of the dataset or of its environments, may be longer than
+                ``max_timestep``.
         """
         chosen = self.training_episodes(dataset, episodes)
-        self._check_timestep(int(dataset.lengths[chosen].max()) - 1)
+        # The worlds as well: else the first evaluation would fail, after training.
+        limits = [spec.get("max_episode_steps") or 0 for spec in dataset.info.env_specs.values()]
+        self._check_timestep(max(int(dataset.lengths[chosen].max()), *limits, 1) - 1)
         returns = dataset.episode_returns[chosen]
         for policy in self._policies():
             known = cast(SequencePolicy, policy)
