@@ -18,7 +18,6 @@ from mail_agents.data.dataset import TrajectoryDataset
 from mail_agents.data.segments import SegmentSpec
 from mail_agents.data.windows import WindowSpec
 from mail_agents.features import FeatureSpec
-from mail_agents.objectives import masked_mse
 from mail_agents.policy import Batch
 from mail_baselines.config import BCConfig
 from mail_baselines.offline import OfflineAgent, OfflinePolicy, state_size, state_vectors
@@ -83,12 +82,7 @@ class BCPolicy(OfflinePolicy):
         self, batch: Batch, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`~mail_agents.policy.Policy`; draws no random numbers but dropout's."""
-        predicted = self.predict(batch)
-        mask = batch["action_mask"]
-        if "target" not in batch:
-            return masked_mse(predicted, batch["action"], mask), {}
-        recorded = masked_mse(predicted.detach(), batch["action"], mask)
-        return masked_mse(predicted, batch["target"], mask), {"action_error": recorded}
+        return self.action_loss(self.predict(batch), batch)
 
     def sample(
         self, batch: Batch, generators: Sequence[torch.Generator], deterministic: bool

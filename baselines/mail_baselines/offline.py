@@ -10,6 +10,7 @@ from torch import Tensor
 from mail_agents.agent import Agent
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
+from mail_agents.objectives import masked_mse
 from mail_agents.ops.backends import recording_backends
 from mail_agents.policy import Batch, Policy
 from mail_baselines.config import OfflineConfig
@@ -34,9 +35,19 @@ class OfflinePolicy(Policy):
     """A policy that regresses actions.
 
     Besides what every policy is given, a training batch may hold ``target`` ``(B, J, A)``: what to
-    regress in place of ``action``, which stays the input. The loss then also reports
-    ``action_error``, the mean squared error to the recorded actions.
+    regress in place of ``action``, which stays the input. Every loss reports ``action_loss``, the
+    mean squared error to what is regressed, and with a ``target`` also ``action_error``, the one to
+    the recorded actions.
     """
+
+    def action_loss(self, predicted: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of predicted actions ``(B, J, A)``, and what to log of it."""
+        mask, recorded = batch["action_mask"], batch["action"]
+        error = masked_mse(predicted, batch.get("target", recorded), mask)
+        metrics = {"action_loss": error.detach()}
+        if "target" in batch:
+            metrics["action_error"] = masked_mse(predicted.detach(), recorded, mask)
+        return error, metrics
 
     @abstractmethod
     def predict(self, batch: Batch) -> Tensor:

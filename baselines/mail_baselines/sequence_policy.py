@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mail_agents.features import FeatureSpec
-from mail_agents.objectives import masked_mse
 from mail_agents.policy import Batch
 from mail_baselines.config import SequenceConfig
 from mail_baselines.offline import OfflinePolicy, state_size, state_vectors
@@ -126,14 +125,9 @@ class SequencePolicy(OfflinePolicy):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`~mail_agents.policy.Policy`; draws no random numbers but dropout's."""
         hidden, mask = self.encode(batch), batch["action_mask"]
-        predicted = self.action_head(hidden[:, :, _STATE])
-        error = masked_mse(predicted, batch.get("target", batch["action"]), mask)
+        error, metrics = self.action_loss(self.action_head(hidden[:, :, _STATE]), batch)
         if self.config.loss_average == "all":
             error = error * (mask.sum() / mask.numel())
-        metrics = {"action_loss": error.detach()}
-        if "target" in batch:
-            recorded = masked_mse(predicted.detach(), batch["action"], mask)
-            metrics["action_error"] = recorded
         share, total = 1.0 - self.config.state_weight - self.config.return_weight, 0.0
         for name, weight, prediction, truth in self._next_step(hidden, batch):
             extra = _masked_smooth_l1(prediction, truth, self._pairs(batch["mask"]))

@@ -247,6 +247,9 @@ def summarise_run(
         named["best"] = evaluations[best]
     aimed = [e.get("target_return") for t in named.get("last", ()) for e in t.episodes]
     rows = [row for row in read_metrics(run) if "loss" in row]
+    # What is minimised differs (moved targets, further predictions); this error does not.
+    recorded = any("action_loss" in row for row in rows)
+    objective = f"{getattr(agent.config, 'objective', 'training')} loss"
     return RunResult(
         agent=agent.agent_id,
         label=agent.agent_id,
@@ -255,8 +258,11 @@ def summarise_run(
         parameters=trainable_parameters(agent),
         train_steps=steps,
         train_seconds=seconds,
-        curve=[(row["step"], row["loss"]) for row in rows],
-        curve_label=f"{getattr(agent.config, 'objective', 'training')} loss",
+        curve=[
+            (row["step"], row.get("action_error", row.get("action_loss", row["loss"])))
+            for row in rows
+        ],
+        curve_label="squared error to the recorded actions" if recorded else objective,
         evaluations=named,
         config=agent.config.to_dict(),
         videos=recorded_videos(evaluation_directory(run, steps)),

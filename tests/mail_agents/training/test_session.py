@@ -151,3 +151,24 @@ def test_a_run_without_references_or_targets(tmp_path):
     unevaluated = summarise_run(agent, tmp_path / "none", ["hop"], 5, 1.5, 7)
     assert unevaluated.evaluations == {}
     assert score_lines(unevaluated) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "curve", "label"),
+    [
+        ([{"loss": 3.0}, {"loss": 2.0}], [3.0, 2.0], "training loss"),
+        (
+            [{"loss": 3.0, "action_loss": 1.0}, {"loss": 2, "action_loss": 0.1, "action_error": 4}],
+            [1.0, 4.0],
+            "squared error to the recorded actions",
+        ),
+    ],
+)
+def test_curves_show_what_means_the_same_for_every_agent(rows, curve, label, tmp_path):
+    agent = mail_agents.make("mean-action", DATASET.features, device="cpu")
+    agent.fit_statistics(DATASET)
+    lines = (json.dumps({"step": step, **row}) for step, row in enumerate(rows))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    result = summarise_run(agent, tmp_path, ["point"], 2, 1.0, seed=0)
+    assert result.curve == list(enumerate(curve))
+    assert result.curve_label == label
