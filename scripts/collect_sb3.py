@@ -13,8 +13,8 @@ D4RL (Fu et al. 2020, section 5) gives five datasets of one task, written here s
 
 Actors are compared every --eval-every steps. Each dataset carries the mean returns of random and
 expert as reference scores, so a normalised score of 0 is the untrained actor and 100 the expert;
-hopper-training/ keeps the training episodes, the actors and training.json. Expect training to take
-most of the time (about 100 steps a second with SAC on one CPU core), then a table. What is already
+hopper-training/ keeps the training episodes, every actor, and random, medium and expert.safetensors
+to evaluate or compare with. Expect training to take most of the time, then a table. What is already
 there is kept when the command is given again; training itself starts over when it was interrupted.
 """
 
@@ -303,6 +303,8 @@ def main(args: Args) -> list[StoreDataset]:
     torch.set_num_threads(args.threads)
     world = describe(args.env)
     actors = choose(train(args, world), args.medium)
+    for kind, actor in actors.items():
+        load_actor(args, actor).save(args.folder("training") / f"{kind}.safetensors")
     references = measured_references(args, actors)
     datasets = [record(args, kind, world, actors, references) for kind in KINDS]
 

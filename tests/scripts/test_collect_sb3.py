@@ -87,7 +87,9 @@ def test_reference_scores_are_measured_and_shared(collection):
 def test_an_actor_is_an_artifact(collection):
     root, _ = collection
     file = opened(root, "expert").info.source["actor"]["file"]
-    agent = mail_agents.load(root / "sets/point-training/actors" / file, device="cpu")
+    folder = root / "sets" / "point-training"
+    assert (folder / "expert.safetensors").read_bytes() == (folder / "actors" / file).read_bytes()
+    agent = mail_agents.load(folder / "expert.safetensors", device="cpu")
     assert agent.agent_id == "sb3/sac"
     assert np.abs(agent.act(np.zeros(4, np.float32))).max() <= 1
 
