@@ -31,7 +31,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from mail_agents import evaluate
 from mail_agents.data.episode import Episode
@@ -308,7 +308,8 @@ def main(args: Args) -> list[StoreDataset]:
     references = measured_references(args, actors)
     datasets = [record(args, kind, world, actors, references) for kind in KINDS]
 
-    table = Table("dataset", "episodes", "transitions", "return", "normalised")
+    name = Column("dataset", overflow="fold")
+    table = Table(name, "episodes", "transitions", "return", "normalised")
     low, high = references["min"], references["max"]
     for dataset in datasets:
         returns = dataset.episode_returns
