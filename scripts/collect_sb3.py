@@ -135,6 +135,7 @@ def train(args: Args, world: World) -> list[dict[str, Any]]:
         console.print(f"training       kept {folder}")
         return found["actors"]
 
+    algorithms = require("stable_baselines3", "sb3")
     episodes = StoreWriter(
         folder / "episodes",
         name=folder.name,
@@ -144,7 +145,6 @@ def train(args: Args, world: World) -> list[dict[str, Any]]:
         overwrite=True,
         resume=False,
     )
-    algorithms = require("stable_baselines3", "sb3")
     model = getattr(algorithms, args.algorithm.upper())(
         "MlpPolicy",
         RecordEpisodes(gymnasium.make(args.env), episodes),
@@ -181,8 +181,8 @@ def choose(actors: list[dict[str, Any]], share: float) -> dict[str, dict[str, An
         raise InvalidInputError(
             f"Training did not separate the actors: untrained {first['return_mean']:.1f}, medium "
             f"{medium['return_mean']:.1f} at step {medium['step']}, best "
-            f"{best['return_mean']:.1f} at step {best['step']}. Train longer (--train-steps) or "
-            "measure more often (--eval-every)."
+            f"{best['return_mean']:.1f} at step {best['step']}. Start again in another --output, "
+            "with more --train-steps or a smaller --eval-every."
         )
     return {"random": first, "medium": medium, "expert": best}
 
@@ -239,18 +239,24 @@ def episodes_of(args: Args, kind: Kind, actors: dict[str, dict[str, Any]]) -> It
 def measured_references(args: Args, actors: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean returns of the untrained and of the best actor, on episodes that chose neither."""
     file = args.folder("training") / "references.json"
+    source = (
+        f"untrained and best {args.algorithm.upper()} actor of this collection, "
+        f"{args.reference_episodes} episodes each"
+    )
     if file.exists():
-        return json.loads(file.read_text("utf-8"))
+        found = json.loads(file.read_text("utf-8"))
+        if found["source"] != source:
+            raise InvalidInputError(
+                f"{file} was measured otherwise ({found['source']}), and the datasets carry it. "
+                "Give the same --reference-episodes, or choose another --output."
+            )
+        return found
     means = {}
     for bound, kind in (("min", "random"), ("max", "expert")):
         agent = load_actor(args, actors[kind])
         episodes = range(args.eval_episodes, args.eval_episodes + args.reference_episodes)
         summary = evaluate(agent, args.env, episodes, seed=args.seed, n_envs=10).summary()
         means[bound] = summary["return_mean"]
-    source = (
-        f"untrained and best {args.algorithm.upper()} actor of this collection, "
-        f"{args.reference_episodes} episodes each"
-    )
     references = {**means, "source": source}
     write_atomic(file, (json.dumps(references, indent=1) + "\n").encode())
     return references
@@ -298,7 +304,7 @@ def record(
 def main(args: Args) -> list[StoreDataset]:
     """Trains, records and reports."""
     counts = (args.train_steps, args.transitions, args.eval_every, args.eval_episodes)
-    if min(*counts, args.reference_episodes) < 1 or not 0 < args.medium < 1:
+    if min(*counts, args.reference_episodes, *args.hidden) < 1 or not 0 < args.medium < 1:
         raise InvalidInputError("--medium lies between 0 and 1, and every count starts at 1.")
     torch.set_num_threads(args.threads)
     world = describe(args.env)
@@ -329,5 +335,8 @@ def main(args: Args) -> list[StoreDataset]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except MailAgentsError as error:
+    except (MailAgentsError, gymnasium.error.Error) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command starts the unfinished part again.")
+        sys.exit(130)

@@ -101,10 +101,14 @@ def test_a_second_run_keeps_everything_and_other_settings_are_refused(collection
     assert code == 0, output
     assert output.count("kept") == 6
     assert opened(root, "expert").info.sha256 == before
-    for flag in ("--train-steps", "--transitions"):
+    for flag, words in (
+        ("--train-steps", "other settings"),
+        ("--transitions", "other settings"),
+        ("--reference-episodes", "measured otherwise"),
+    ):
         code, output = scripts.run(root, "collect_sb3", *SETTINGS, "--output", "sets", flag, "900")
         assert code == 1
-        assert "other settings" in output
+        assert words in output
 
 
 def test_the_same_seed_records_the_same_data(collection, scripts, tmp_path):
@@ -121,6 +125,8 @@ def test_the_same_seed_records_the_same_data(collection, scripts, tmp_path):
         (("--env", "CartPole-v1"), "bounded continuous actions"),
         (("--transitions", "0"), "every count starts at 1"),
         (("--medium", "1.5"), "--medium lies between 0 and 1"),
+        (("--hidden", "0"), "every count starts at 1"),
+        (("--env", "Hoper-v5"), "Did you mean: `Hopper`"),
     ],
 )
 def test_bad_settings_are_refused_before_training(arguments, message, scripts, tmp_path):
