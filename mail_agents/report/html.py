@@ -185,13 +185,18 @@ def _protocol(
         **extra,
     }
     for label, runs in groups.items():
-        lines[label] = _describe(runs)
+        lines[label] = [_describe(runs), *dict.fromkeys(n for run in runs for n in run.notes)]
     lines["versions"] = ", ".join(f"{name} {v}" for name, v in versions().items())
-    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in lines.items())
+    items = "".join(f"<dt>{escape(k)}</dt>{_values(v)}" for k, v in lines.items())
     code = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
     heading = "<h2>How this was measured</h2>"
     again = '<p class="note">Made by:</p>' + code if code else ""
     return f'<section>{heading}<dl class="protocol">{items}</dl>{again}</section>'
+
+
+def _values(value: Any) -> str:
+    several = value if isinstance(value, list) else [value]
+    return "".join(f"<dd>{escape(str(one))}</dd>" for one in several)
 
 
 def _span(values: Sequence[int]) -> str:

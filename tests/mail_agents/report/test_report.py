@@ -211,6 +211,18 @@ def test_page_is_self_contained_and_well_formed(results, tmp_path):
     assert not re.search(r"https?://|@import|url\(", html)
 
 
+def test_notes_of_runs_stand_beside_the_agent_once(results, tmp_path):
+    noted = [
+        replace(results[0], notes=["It <sees> labels.", "Short."]),
+        replace(results[0], seed=1, notes=["Short."]),
+        results[1],
+    ]
+    page = write_report(noted, tmp_path / "r.html").read_text(encoding="utf-8")
+    measured = page[page.index("How this was measured") :]
+    assert page.count("Short.") == 1
+    assert "<dd>It &lt;sees&gt; labels.</dd><dd>Short.</dd><dt>ED-Tr BC" in measured
+
+
 def test_page_is_the_same_twice(results, tmp_path):
     first = write_report(results, tmp_path / "a.html").read_text(encoding="utf-8")
     assert first == write_report(results, tmp_path / "b.html").read_text(encoding="utf-8")

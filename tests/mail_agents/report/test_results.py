@@ -53,13 +53,17 @@ def test_bad_files_are_named(tmp_path, text, message):
     assert str(path) in str(error.value)
 
 
-def test_version_1_has_no_references(results, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "missing"),
+    [(1, ("references", "target_return", "targets", "notes")), (2, ("notes",))],
+)
+def test_older_versions_are_read(results, tmp_path, version, missing):
     path = save_results(tmp_path / "results.json", results)
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert document["version"] == 2
-    document["version"] = 1
+    assert document["version"] == 3
+    document["version"] = version
     for run in document["results"]:
-        for name in ("references", "target_return", "targets"):
+        for name in missing:
             del run[name]
     path.write_text(json.dumps(document))
     assert load_results(path) == results
