@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from mail_agents.data.store import StoreDataset, write_dataset
-from mail_agents.errors import MailAgentsError
+from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.features import FeatureSpec
 from mail_envs.catalogue import env_spec_dict
 from mail_envs.pointmaze import Maze2dEnv, collect_maze, reference_returns
@@ -53,6 +53,11 @@ def main(args: Args) -> StoreDataset:
     world = gymnasium.make(f"mail_envs:d4rl/{task}")
     steps, env = WORLDS[task].max_episode_steps, cast(Maze2dEnv, world.unwrapped)
     scores = reference_returns(env, args.reference_episodes, args.seed, max_steps=steps)
+    if scores["max"] <= scores["min"]:
+        raise InvalidInputError(
+            f"In {args.reference_episodes} episodes the planner ({scores['max']:g}) was not better "
+            f"than random actions ({scores['min']:g}): no scale. Raise --reference-episodes."
+        )
     measured = f"random actions and planner, {args.reference_episodes} episodes, seed {args.seed}"
     dataset = write_dataset(
         args.output,

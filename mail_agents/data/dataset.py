@@ -20,6 +20,7 @@ from mail_agents.data.columns import (
     make_entry,
 )
 from mail_agents.data.episode import Episode
+from mail_agents.data.references import checked_references
 from mail_agents.data.segments import SegmentSpec, SegmentView
 from mail_agents.data.stats import FeatureStats, feature_stats
 from mail_agents.data.views import StepView, episode_array
@@ -265,7 +266,7 @@ class MemoryDataset(ArrayDataset):
             alone when None.
 
     Raises:
-        InvalidInputError: There are no episodes.
+        InvalidInputError: There are no episodes, or reference scores are no scale.
         FeatureMismatchError: Episodes disagree with each other or with ``features``.
     """
 
@@ -278,6 +279,7 @@ class MemoryDataset(ArrayDataset):
         reference_scores: Mapping[str, Any] | None = None,
         features: FeatureSpec | None = None,
     ) -> None:
+        references = checked_references(reference_scores)
         ledger = Ledger(features)
         parts: dict[str, list[np.ndarray]] = {}
         for episode in episodes:
@@ -302,7 +304,7 @@ class MemoryDataset(ArrayDataset):
             n_steps=int(table.lengths.sum()),
             env_specs=dict(env_specs or {}),
             source=dict(source or {}),
-            reference_scores=dict(reference_scores or {}),
+            reference_scores=references,
             sha256=content_sha256(ledger.features(), ledger.tasks, table, hashes),
         )
         super().__init__(info, ledger.features(), columns, table)

@@ -202,7 +202,8 @@ def write_dataset(
         options: Further arguments of :class:`StoreWriter`.
 
     Raises:
-        InvalidInputError: The target exists and ``overwrite`` is not set, or there are no episodes.
+        InvalidInputError: The target exists and ``overwrite`` is not set, there are no episodes, or
+            reference scores are no scale.
     """
     name = Path(path).name if name is None else name
     options.setdefault("resume", source is not None)

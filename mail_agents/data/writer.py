@@ -44,6 +44,7 @@ from mail_agents.data.manifest import (
     library_versions,
     partial_path,
 )
+from mail_agents.data.references import checked_references
 from mail_agents.errors import InvalidInputError, StorageError
 from mail_agents.features import FeatureSpec
 from mail_agents.storage import sync_directory
@@ -79,7 +80,8 @@ class StoreWriter:
         completed: Source ids of the episodes that are in.
 
     Raises:
-        InvalidInputError: The target exists, or an unfinished conversion cannot be continued.
+        InvalidInputError: The target exists, an unfinished conversion cannot be continued, or
+            reference scores are no scale.
         StorageError: The folder cannot be made or written to.
     """
 
@@ -99,7 +101,7 @@ class StoreWriter:
         self.name = name
         self.env_specs = dict(env_specs or {})
         self.source = json.loads(canonical_json(dict(source or {})))
-        self.reference_scores = dict(reference_scores or {})
+        self.reference_scores = checked_references(reference_scores)
         self.overwrite = overwrite
         self.completed: set[str] = set()
         self._ledger = Ledger(features)
@@ -313,6 +315,7 @@ class StoreWriter:
                 f"No episode was added, so there is no store to write at {self.path}. Check the "
                 "filter (for example only_successful) or the source."
             )
+        self.reference_scores = checked_references(self.reference_scores)
         for name, file in list(self._files.items()):
             if name in self._ledger.columns:
                 file.finish()

@@ -70,3 +70,13 @@ def test_nothing_is_written_for_impossible_numbers(script: ModuleType, tmp_path:
         with pytest.raises(InvalidInputError, match="at least 1"):
             script.main(script.Args(str(tmp_path / "x"), **{"reference_episodes": 1, **wrong}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_planner_that_is_no_better_than_chance_is_refused_before_collecting(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"min": 3.0, "max": 3.0}
+    monkeypatch.setattr(script, "reference_returns", lambda *args, **kwargs: measured)
+    with pytest.raises(InvalidInputError, match="Raise --reference-episodes"):
+        script.main(script.Args(str(tmp_path / "x")))
+    assert list(tmp_path.iterdir()) == []

@@ -145,6 +145,43 @@ def test_info_is_kept(tmp_path, make_episode):
     assert open_dataset(tmp_path / "s").task_ids.tolist() == [0, 1, -1]
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [
+        {"min": 5.0, "max": 5.0},
+        {"min": 9.0, "max": 1.0},
+        {"min": float("nan"), "max": 1.0},
+        {"min": 0.0, "max": float("inf")},
+        {"min": 0.0},
+        {"min": "low", "max": "high"},
+        (0.0, 1.0),
+    ],
+)
+def test_reference_scores_that_are_no_scale_are_refused(tmp_path, make_episode, pair):
+    scores = {"task 1": {"min": 0.0, "max": 1.0}, "task 0": pair}
+
+    def episodes():
+        raise AssertionError("nothing is read")
+        yield
+
+    for write in (partial(write_dataset, tmp_path / "s"), MemoryDataset):
+        with pytest.raises(InvalidInputError, match="task 'task 0'.*maximum is above the minimum"):
+            write(episodes(), reference_scores=scores)
+    assert list(tmp_path.iterdir()) == []
+    # Those that become known at the end are checked there, and the episodes are not lost.
+    writer = StoreWriter(tmp_path / "s", name="late")
+    with pytest.raises(InvalidInputError, match="task 'task 0'"), writer:
+        writer.add(make_episode(0, 3))
+        writer.reference_scores["task 0"] = pair
+    assert not (tmp_path / "s").exists()
+    with StoreWriter(tmp_path / "s", name="late") as writer:
+        assert writer.completed == {"demo_0"}
+        writer.reference_scores = {"task 0": {"min": np.float32(0.5), "max": 2, "source": "me"}}
+    assert open_dataset(tmp_path / "s").info.reference_scores == {
+        "task 0": {"min": 0.5, "max": 2.0, "source": "me"}
+    }
+
+
 def test_content_hash_sees_content_and_nothing_else(tmp_path, make_episode):
     one = write_dataset(tmp_path / "a", [make_episode(0, 3)], source={"id": "1"}).info.sha256
     assert one == MemoryDataset([make_episode(0, 3)], name="other").info.sha256

@@ -13,7 +13,12 @@ from mail_agents.errors import InvalidInputError, StorageError, UnknownNameError
 from mail_agents.features import Feature, FeatureSpec
 from mail_wrappers.datasets import minari as adapter
 from mail_wrappers.datasets import minari_export
-from mail_wrappers.datasets.minari import convert_minari, read_minari, write_minari
+from mail_wrappers.datasets.minari import (
+    MinariReferenceWarning,
+    convert_minari,
+    read_minari,
+    write_minari,
+)
 
 minari = pytest.importorskip("minari")
 from minari.data_collector import EpisodeBuffer  # noqa: E402
@@ -158,6 +163,17 @@ def test_what_a_converted_store_knows(tmp_path):
     assert store.info.source["id"] == "test/known-v0"
     assert len(store.info.source["sha256"]) == 64
     assert store.table.source_ids == ("0", "1", "2")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+def test_published_references_that_are_no_scale_are_left_out(tmp_path):
+    source = make_minari("test/flat-v0", spaces.Discrete(5))
+    source.storage.update_metadata({"ref_min_score": 20.0, "ref_max_score": 20.0})
+    with pytest.warns(MinariReferenceWarning, match="Left out: .*'CartPole-v1'.*20.0") as caught:
+        store = convert_minari(source, tmp_path / "store")
+    assert caught[0].filename == __file__
+    assert store.info.reference_scores == {}
+    assert store.info.source["metadata"]["ref_max_score"] == 20.0
     # by folder as well, and with a subset
     assert len(list(read_minari(source.storage.data_path))) == 3
     assert len(list(read_minari(source.storage.data_path.parent))) == 3

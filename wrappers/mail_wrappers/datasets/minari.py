@@ -6,6 +6,7 @@ downloaded here: get a dataset with ``minari download <id>`` first.
 
 import hashlib
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gymnasium import spaces
 from mail_agents.data.env_specs import spec_to_dict
 from mail_agents.data.episode import SUCCESS_KEYS, Episode
 from mail_agents.data.manifest import file_sha256
+from mail_agents.data.references import checked_references
 from mail_agents.data.store import StoreDataset, StoreWriter, open_dataset
 from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.features import FeatureSpec, flatten
@@ -26,9 +28,13 @@ from mail_wrappers.datasets.minari_export import (
     write_minari,
 )
 
-__all__ = ["MinariSource", "convert_minari", "load_minari", "read_minari", "write_minari"]
+__all__ = ["MinariReferenceWarning", "MinariSource", "convert_minari", "load_minari", "read_minari", "write_minari"]
 
 MinariSource = MinariDataset | str | os.PathLike[str]
+
+
+class MinariReferenceWarning(UserWarning):
+    """The published reference scores are no scale and were left out of the store."""
 
 
 def load_minari(source: MinariSource) -> MinariDataset:
@@ -209,7 +215,10 @@ def _describe_environment(
     low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if low is not None and high is not None:
         scores = {"min": low, "max": high, "source": f"minari:{dataset.id}"}
-        writer.reference_scores = dict.fromkeys(writer.tasks, scores)
+        try:
+            writer.reference_scores = checked_references(dict.fromkeys(writer.tasks, scores))
+        except InvalidInputError as error:  # the publisher's mistake; the episodes are as good
+            warnings.warn(f"Left out: {error}", MinariReferenceWarning, stacklevel=3)
 
 
 def _folder_sha256(folder: Path) -> str:
