@@ -83,13 +83,14 @@ class Acting(ABC):
             return valid.sum(axis=1)
         return np.full(len(valid), self.config.history)
 
-    def resolve_target(self, target: float | None) -> float | None:
+    def resolve_target(self, target: float | None, task: str | None = None) -> float | None:
         """Turns the target return given to :meth:`reset` into the one to aim for.
 
         Return-conditioned agents choose their own when none is given.
 
         Args:
             target: As given, in units of the environment's rewards, or None.
+            task: Task of the episode, or None where nobody named one.
         """
         return target
 
@@ -169,7 +170,8 @@ class Acting(ABC):
             seeds = [int(value) for value in per_slot("seed", seed, slots)]
         tasks = [self._resolve_task(task) for task in per_slot("task", arguments["task"], slots)]
         given = per_slot("target_return", arguments["target_return"], slots)
-        state.reset(slots, seeds, tasks, [self.resolve_target(target) for target in given])
+        targets = [self.resolve_target(*each) for each in zip(given, tasks, strict=True)]
+        state.reset(slots, seeds, tasks, targets)
 
     def _resolve_task(self, task: str | None) -> str | None:
         if self.task_embedder() is None:

@@ -163,6 +163,19 @@ def partial_reset(subject: Subject) -> None:
     _require(error < _TOLERANCE, f"resetting slot 1 changes slot 0 by {error}")
 
 
+def episodes_forgotten(subject: Subject) -> None:
+    """The same episode played twice in one slot gives the same actions."""
+    agent, steps = subject.agent(), 2 * subject.config.executed + 1
+    subject.begin(agent, 2)
+    runs = []
+    for number in range(2):
+        if number:  # the whole slots stay as they are: only what an episode resets is reset
+            subject.start(agent, [0, 1], [0, 1])
+        runs.append(_rollout(subject, agent, steps, deterministic=False))
+    error = float(np.abs(runs[0] - runs[1]).max())
+    _require(error < _TOLERANCE, f"playing an episode again changes its actions by {error}")
+
+
 def plans_every_executed_chunk(subject: Subject) -> None:
     """A plan is made exactly when the executed part of the last one is used up."""
     agent, executed = subject.agent(), subject.config.executed
@@ -352,6 +365,7 @@ RULES: tuple[Callable[[Subject], None], ...] = (
     deterministic_flag,
     slots_independent,
     partial_reset,
+    episodes_forgotten,
     plans_every_executed_chunk,
     past_actions_ignore_future,
     target_return_matters,

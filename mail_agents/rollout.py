@@ -6,6 +6,7 @@ take the next episode index at once; slots without work left are frozen.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -304,7 +305,7 @@ def evaluate(
 
     Raises:
         FeatureMismatchError: The environment does not give what the agent was trained on.
-        InvalidInputError: A number is out of range.
+        InvalidInputError: A number is out of range, or the agent does not use target returns.
     """
     indices = range(episodes) if isinstance(episodes, int) else list(episodes)
     if not indices or min(indices) < 0 or len(set(indices)) < len(indices) or n_envs < 1:
@@ -313,7 +314,9 @@ def evaluate(
             f"distinct and not negative; got {episodes=}, {n_envs=}."
         )
     make_env = _maker(env, env_kwargs or {}, max_steps)
-    target_return = agent.resolve_target(target_return)
+    if target_return is not None:
+        check_target_returns(agent, [target_return])
+    target_return = agent.resolve_target(target_return, task)
     environments: list[gymnasium.Env] = []
     plan_rows, agent.plan_rows = agent.plan_rows, _PLAN_ROWS
     try:
@@ -361,6 +364,22 @@ def evaluate(
         "weights": "raw" if agent.ema is None else "ema",
     }
     return Evaluation(results, protocol, evaluator.frames, fps)
+
+
+def check_target_returns(agent: "Agent", target_returns: Sequence[float]) -> None:
+    """Refuses returns to aim for that would change nothing, or break what is planned.
+
+    Raises:
+        InvalidInputError: The agent does not use target returns, or one is not finite.
+    """
+    if not agent.uses_target_return:
+        raise InvalidInputError(
+            f"Agent {agent.agent_id!r} does not use target returns, got {list(target_returns)}. "
+            "Leave them out (--target-returns, target_return=...): they are for "
+            "return-conditioned agents."
+        )
+    if not all(map(math.isfinite, target_returns)):
+        raise InvalidInputError(f"Target returns must be finite; got {list(target_returns)}.")
 
 
 def _maker(env: str | MakeEnv, kwargs: Mapping[str, Any], max_steps: int | None) -> MakeEnv:

@@ -20,7 +20,13 @@ from mail_agents.data.windows import WindowSpec
 from mail_agents.features import FeatureSpec
 from mail_agents.policy import Batch
 from mail_baselines.config import BCConfig
-from mail_baselines.offline import OfflineAgent, OfflinePolicy, state_size, state_vectors
+from mail_baselines.offline import (
+    OfflineAgent,
+    OfflinePolicy,
+    by_task,
+    state_size,
+    state_vectors,
+)
 
 __all__ = ["BCAgent", "BCConfig", "BCPolicy", "best_episodes"]
 
@@ -114,13 +120,17 @@ class BCAgent(OfflineAgent):
     def training_episodes(
         self, dataset: TrajectoryDataset, episodes: Sequence[int] | None = None
     ) -> list[int]:
-        """The ``top_fraction`` of the episodes with the highest returns."""
-        chosen = np.array(super().training_episodes(dataset, episodes), np.int64)
+        """The ``top_fraction`` of each task's episodes with the highest returns, in order."""
+        chosen = super().training_episodes(dataset, episodes)
         if self.config.top_fraction == 1:
-            return chosen.tolist()
-        returns, lengths = dataset.episode_returns[chosen], dataset.lengths[chosen]
-        best = best_episodes(returns, lengths, self.config.top_fraction, self.config.by)
-        return chosen[best].tolist()
+            return chosen
+        kept: set[int] = set()
+        # Task by task: returns of different tasks do not compare.
+        for members in by_task(dataset, chosen).values():
+            returns, lengths = dataset.episode_returns[members], dataset.lengths[members]
+            best = best_episodes(returns, lengths, self.config.top_fraction, self.config.by)
+            kept.update(members[best].tolist())
+        return [episode for episode in chosen if episode in kept]
 
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """See :class:`~mail_agents.agent.Agent`; the last step of a segment is the target."""

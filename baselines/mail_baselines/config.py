@@ -162,6 +162,12 @@ class SequenceConfig(OfflineConfig):
                 f"{type(self).__name__} with history={self.history} cannot. Use acting='window', "
                 "or a Mamba agent such as 'decision-mamba' or 'dm'."
             )
+        if self.acting == "stream" and self.padding == "left_legacy":
+            raise InvalidInputError(
+                "acting='stream' feeds the trunk real steps only, but with padding='left_legacy' "
+                "it was trained on windows that begin with padding. Use acting='window', or train "
+                "with padding='right' (--config.padding right)."
+            )
 
     def _check_weights(self) -> None:
         weights = (self.state_weight, self.return_weight)
@@ -265,16 +271,16 @@ class MultiGrainedConfig(SequenceConfig):
     see the actions it is to predict."""
 
     def __post_init__(self) -> None:
+        if self.variant == "released" and self.acting == "stream":
+            raise InvalidInputError(
+                "variant='released' reads later tokens, so it cannot act step by step: use "
+                "acting='window', or variant='causal'."
+            )
         super().__post_init__()
         if self.variant == "released" and self.padding != "left_legacy":
             raise InvalidInputError(
                 "variant='released' reads groups of a full window, and its outputs depend on later "
                 f"tokens: it needs padding='left_legacy', got {self.padding!r}."
-            )
-        if self.variant == "released" and self.acting == "stream":
-            raise InvalidInputError(
-                "variant='released' reads later tokens, so it cannot act step by step: use "
-                "acting='window', or variant='causal'."
             )
 
     def make_trunk(self) -> "Trunk":
@@ -300,7 +306,7 @@ class BCConfig(OfflineConfig):
     dropout: float = 0.0
     """Dropout after each hidden layer."""
     top_fraction: float = 1.0
-    """Share of the data to train on, the episodes with the highest returns (%BC)."""
+    """Share of each task's data to train on, the episodes with the highest returns (%BC)."""
     by: Literal["timesteps", "trajectories"] = "timesteps"
     """What the share counts."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))

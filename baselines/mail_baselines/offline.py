@@ -4,10 +4,12 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mail_agents.agent import Agent
+from mail_agents.data.dataset import TrajectoryDataset
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
 from mail_agents.objectives import masked_mse
@@ -29,6 +31,21 @@ def state_vectors(batch: Batch, keys: Sequence[str]) -> Tensor:
     """Concatenates observations ``(B, L, ...)`` to state vectors ``(B, L, S)``."""
     parts = [batch[f"obs/{key}"] for key in keys]
     return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], dim=-1)
+
+
+def by_task(dataset: TrajectoryDataset, episodes: Sequence[int]) -> dict[int, np.ndarray]:
+    """Groups episodes by their task.
+
+    Args:
+        dataset: The dataset.
+        episodes: Indices of the episodes to group.
+
+    Returns:
+        Indices in the order given, by number of the task; -1 collects those without one.
+    """
+    chosen = np.asarray(episodes, np.int64)
+    tasks = dataset.task_ids[chosen]
+    return {int(task): chosen[tasks == task] for task in np.unique(tasks)}
 
 
 class OfflinePolicy(Policy):

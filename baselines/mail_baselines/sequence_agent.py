@@ -19,10 +19,9 @@ from torch import Tensor
 
 from mail_agents.data.dataset import TrajectoryDataset
 from mail_agents.data.segments import SegmentSpec
-from mail_agents.errors import InvalidInputError
-from mail_agents.slots import Slots
+from mail_agents.errors import InvalidInputError, unknown_name
 from mail_baselines.config import SequenceConfig
-from mail_baselines.offline import OfflineAgent
+from mail_baselines.offline import OfflineAgent, by_task
 from mail_baselines.sequence_policy import SequencePolicy
 from mail_baselines.trunks import map_state
 
@@ -30,7 +29,7 @@ from mail_baselines.trunks import map_state
 class SequenceAgent(OfflineAgent):
     """Acts so as to reach a target return; see :class:`~mail_agents.agent.Agent`.
 
-    Without a target return, :meth:`reset` aims for the highest return of the training data.
+    Without a target return, :meth:`reset` aims for the highest return of the task's training data.
     """
 
     uses_target_return: ClassVar[bool] = True
@@ -63,18 +62,19 @@ class SequenceAgent(OfflineAgent):
 
         Raises:
             FeatureMismatchError: The dataset lacks what the agent was made for.
-            InvalidInputError: An episode, of the dataset or of its environments, may be longer than
-                ``max_timestep``.
+            InvalidInputError: An episode of the dataset is longer than ``max_timestep``.
         """
         chosen = self.training_episodes(dataset, episodes)
-        # The worlds as well: else the first evaluation would fail, after training.
-        limits = [spec.get("max_episode_steps") or 0 for spec in dataset.info.env_specs.values()]
-        self._check_timestep(max(int(dataset.lengths[chosen].max()), *limits, 1) - 1)
+        self.check_episode_length(int(dataset.lengths[chosen].max()))
         returns = dataset.episode_returns[chosen]
         for policy in self._policies():
             known = cast(SequencePolicy, policy)
             known.set_returns(float(np.abs(returns).max()), float(returns.max()))
         super().fit_statistics(dataset, episodes)
+        # Beside the dataset's other facts: the network, one for all tasks, does not need them.
+        self.provenance.pop("best_returns", None)
+        if len(dataset.info.tasks) > 1:
+            self.provenance["best_returns"] = best_returns(dataset, chosen)
 
     def _unfitted(self) -> list[str]:
         return super()._unfitted() + ([] if self.policy.best is not None else ["return"])
@@ -87,6 +87,10 @@ class SequenceAgent(OfflineAgent):
         """
         self._check_timestep(int(batch["timestep"].max()))
         return super().prepare(batch)
+
+    def check_episode_length(self, steps: int) -> None:
+        """See :class:`~mail_agents.agent.Agent`; every step needs a row of the table of times."""
+        self._check_timestep(steps - 1)
 
     def _check_timestep(self, timestep: int) -> None:
         limit = self.config.max_timestep
@@ -104,16 +108,34 @@ class SequenceAgent(OfflineAgent):
         """See :class:`~mail_agents.acting.Acting`; the released codes do."""
         return self.config.padding == "left_legacy"
 
-    def resolve_target(self, target: float | None) -> float | None:
-        """Returns the target, or the highest return of the training data where none is given.
+    def resolve_target(self, target: float | None, task: str | None = None) -> float | None:
+        """Returns the target, or the highest return of the task's training data if none is given.
+
+        Args:
+            target: As given, in units of the environment's rewards, or None.
+            task: Task of the episode; needed where the training data had several, whose returns
+                may differ in scale.
 
         Raises:
-            MissingStatisticsError: None is given, and the agent has seen no data.
+            MissingStatisticsError: No target is given, and the agent has seen no data.
+            UnknownNameError: No target is given, and the task is none of several trained on.
         """
-        if target is None:
-            self._require_fitted()
+        if target is not None:
+            return target
+        self._require_fitted()
+        best = self.provenance.get("best_returns")
+        if not best:
             return self.policy.best
-        return target
+        if task not in best:
+            raise unknown_name(
+                "task",
+                str(task),
+                best,
+                f"Agent {self.agent_id!r} was trained on several tasks and aims for the best "
+                "return of the one it plays: name it, agent.reset(task=...) or "
+                "evaluate(..., task=...), or give a target return.",
+            )
+        return best[task]
 
     def step(
         self,
@@ -143,20 +165,31 @@ class SequenceAgent(OfflineAgent):
         """See :class:`~mail_agents.acting.Acting`; a stream goes on from the state of its slot."""
         if self.config.acting == "window":
             return super().plan_chunks(batch, slots, generators, deterministic)
-        policy, memory = cast(SequencePolicy, self.acting_policy), cast(Slots, self._slots)
-        if self._stream is None or self._stream[0] is not memory:
-            self._stream = (memory, policy.trunk.init_state(memory.n, self.device))
+        policy, plans = cast(SequencePolicy, self.acting_policy), self.plans
+        if self._stream is None or self._stream[0] != len(plans):
+            self._stream = (len(plans), policy.trunk.init_state(len(plans), self.device))
         rows = torch.from_numpy(slots).to(self.device)
-        state = map_state(lambda part: part[rows], self._stream[1])
-        if batch["rtg"].shape[1] == 1:  # these slots start an episode
+        if (plans[slots] == 0).all():  # these slots start an episode, and show one step
             state = policy.trunk.init_state(len(slots), self.device)
+        else:
+            state = map_state(lambda part: part[rows], self._stream[1])
         chunk, state = policy.stream(batch, state)
         kept = len(np.unique(slots))  # repeated rows come last
         after = map_state(
             lambda part, new: part.index_copy(0, rows[:kept], new[:kept]), self._stream[1], state
         )
-        self._stream = (memory, after)
+        self._stream = (len(plans), after)
         return chunk
 
-    #: What runs, and the trunk's state in each of its slots.
-    _stream: tuple[Slots, Any] | None = None
+    #: Number of slots, and the trunk's state in each of them.
+    _stream: tuple[int, Any] | None = None
+
+
+def best_returns(dataset: TrajectoryDataset, episodes: Sequence[int]) -> dict[str, float]:
+    """Highest return of each task among some episodes; tasks without episodes are left out."""
+    returns = dataset.episode_returns
+    return {
+        dataset.info.tasks[task]: float(returns[members].max())
+        for task, members in by_task(dataset, episodes).items()
+        if task >= 0
+    }

@@ -707,12 +707,19 @@ def test_an_agent_may_show_the_policy_fewer_steps():
 
 def test_an_agent_may_choose_its_own_target():
     agent = sequence()
-    agent.resolve_target = lambda target: 40.0 if target is None else target / 2
+    asked = []
+
+    def resolve(target, task=None):
+        asked.append(task)
+        return 40.0 if target is None else target / 2
+
+    agent.resolve_target = resolve
     seen = spied(agent)
     agent.reset([0, 1], seed=0)
     agent.act(obs(0, 0))
-    agent.reset([1], target_return=[10.0])
+    agent.reset([1], target_return=[10.0], task=["far"])
     agent.act(obs(0), slots=[1])
+    assert asked == [None, None, "far"]
     assert seen[0]["rtg"].tolist() == [[40], [40]]
     assert seen[1]["rtg"].tolist() == [[5]]
     agent.reset()  # without slots, their number comes with the observation

@@ -233,6 +233,24 @@ class Unsaved(Good):
         return np.clip(super().act(observation, **kwargs) * 0.5 + self.bonus, -1, 1)
 
 
+class Haunted(Good):
+    """Carries something per slot, and forgets it only where all slots are made anew."""
+
+    def reset(self, slots=None, **kwargs):
+        super().reset(slots, **kwargs)
+        if slots is None:
+            self._memory = None
+
+    def plan_chunks(self, batch, slots, generators, deterministic):
+        chunk = super().plan_chunks(batch, slots, generators, deterministic)
+        if self._memory is None:
+            self._memory = torch.zeros(len(self.plans), *chunk.shape[1:])
+        self._memory[slots] += 0.5 * chunk
+        return self._memory[slots]
+
+    _memory = None
+
+
 class Impatient(Good):
     """Makes up statistics instead of asking for them."""
 
@@ -305,6 +323,7 @@ BROKEN = {
         (broken_policy(sample=one_stream), "differs from the same slot alone"),
     ],
     "partial reset": [(broken_agent(reset=reset_everything), "resetting slot 1 changes slot 0")],
+    "episodes forgotten": [(Haunted, "playing an episode again changes its actions")],
     "plans every executed chunk": [(broken_agent(act=plan_always), "expected 3 per slot")],
     "past actions ignore future": [(broken_agent(act=reuse_buffer), "later observation")],
     "target return matters": [(AimlessAgent, "opposite target returns")],

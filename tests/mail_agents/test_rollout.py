@@ -224,8 +224,18 @@ def test_the_target_return_is_given_to_every_episode(greedy, monkeypatch):
         return sample(batch, *rest)
 
     monkeypatch.setattr(greedy.policy, "sample", spy)
+    monkeypatch.setattr(type(greedy), "uses_target_return", True)
     evaluate(greedy, lambda: Coin(slow=2), 4, seed=0, n_envs=2, target_return=5.0)
     assert seen == [[5, 5], [4, 4], [5, 5], [4, 4]]
+
+
+def test_a_target_that_nothing_uses_or_that_is_no_number_is_refused(greedy):
+    with pytest.raises(InvalidInputError, match=r"does not use target returns, got \[5.0\]"):
+        evaluate(greedy, ENV_ID, 1, target_return=5.0)
+    agent = SequenceAgent(SequenceConfig(), greedy.features, device="cpu")
+    for target in (float("nan"), float("inf")):
+        with pytest.raises(InvalidInputError, match="finite"):
+            evaluate(agent, ENV_ID, 1, target_return=target)
 
 
 def test_the_target_is_part_of_every_result(greedy):

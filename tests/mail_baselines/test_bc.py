@@ -1,5 +1,7 @@
 """Behaviour cloning, and %BC."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,19 @@ def test_only_the_best_episodes_are_learnt_from(build, dataset, graded):
     assert build("bc-10", data).training_episodes(data) == [3]
     assert build("bc", data).training_episodes(data) == [0, 1, 2, 3]
     assert build("bc-kzl", data).training_episodes(data) == [0, 1, 2, 3]
+
+
+def test_the_best_share_is_taken_of_every_task(build, dataset, graded):
+    """Returns of the second task are a thousand times smaller; order of the episodes stays."""
+    small = [replace(e, rewards=e.rewards / 1000, task="b") for e in graded]
+    large = [replace(e, task="a") for e in graded]
+    mixed = [episode for pair in zip(large, small, strict=True) for episode in pair]
+    data = MemoryDataset(mixed, features=dataset.features)
+    for by in ("timesteps", "trajectories"):
+        agent = build("bc", data, top_fraction=0.5, by=by)
+        assert agent.training_episodes(data) == [4, 5, 6, 7]
+        assert agent.training_episodes(data, [3, 2, 0, 1]) == [3, 2]
+    assert build("bc-10", data).training_episodes(data) == [6, 7]
 
 
 def kinds(agent):

@@ -1,5 +1,7 @@
 """Acting toward a target return: what the network is shown, streams, limits, files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 import mail_agents
 from mail_agents.data.dataset import MemoryDataset
-from mail_agents.errors import InvalidInputError, MissingStatisticsError
+from mail_agents.errors import InvalidInputError, MissingStatisticsError, UnknownNameError
 from mail_agents.rollout import evaluate
 
 STREAMS = ["decision-mamba", "dm", "dm-figure"]
@@ -148,6 +150,66 @@ def test_training_and_acting_agree(build, dataset):
             np.testing.assert_allclose(action, expected[window, place], atol=2e-5)
 
 
+# ---- several tasks -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_scales(build, trajectory):
+    """Returns of 3, 5 and 4 in "toy", 0.02 and 0.05 in "tiny"; a last episode has no task."""
+    rng = np.random.default_rng(0)
+    returns = {"toy": (3.0, 5.0, 4.0), "tiny": (0.02, 0.05), None: (9.0,)}
+    episodes = [
+        replace(trajectory(4, rng, rewards=[0, 0, 0, value]), task=task)
+        for task, values in returns.items()
+        for value in values
+    ]
+    return MemoryDataset(episodes, features=build("dt").features)
+
+
+def test_each_task_has_its_own_target_and_all_share_a_scale(build, two_scales, tmp_path):
+    agent = build("dt", two_scales)
+    loaded = mail_agents.load(agent.save(tmp_path / "agent.safetensors"), device="cpu")
+    for each in (agent, loaded):
+        seen = watch(each)
+        each.reset([0, 1], task=["tiny", "toy"])
+        each.act(np.zeros((2, 3), np.float32))
+        np.testing.assert_allclose(seen[0]["rtg"].flatten(), [0.05, 5.0])
+        assert float(each.policy.return_scale) == 9.0
+        assert each.resolve_target(1.5, "tiny") == each.resolve_target(1.5) == 1.5
+
+
+def test_of_several_tasks_one_must_be_named(build, two_scales, noise_env):
+    agent = build("dt", two_scales)
+    play(agent, 1, target_return=2.0)  # nothing to ask for
+    for task in (None, "tinny"):
+        with pytest.raises(UnknownNameError, match=r"task .*toy.*reset\(task=.*target return"):
+            play(agent, 1, task=task)
+        with pytest.raises(UnknownNameError, match="several tasks"):
+            evaluate(agent, noise_env, 1, task=task)
+    found = evaluate(agent, noise_env, 1, task="tiny")
+    assert found.protocol["target_return"] == found.episodes[0].target_return == 0.05
+
+
+def test_only_the_training_part_counts_in_each_task(build, two_scales):
+    agent = mail_agents.make("dt", two_scales.features, device="cpu")
+    agent.fit_statistics(two_scales, [0, 2, 3])
+    assert agent.provenance["best_returns"] == {"toy": 4.0, "tiny": 0.02}
+    agent.fit_statistics(two_scales, [0, 2])
+    with pytest.raises(UnknownNameError, match="'tiny'"):
+        agent.resolve_target(None, "tiny")
+
+
+def test_a_single_task_need_not_be_named_and_changes_no_file(build, dataset):
+    named = MemoryDataset(
+        [replace(dataset.episode(i), task="only") for i in range(len(dataset))],
+        features=dataset.features,
+    )
+    for agent in (build("dt"), build("dt", named)):
+        assert set(agent.provenance) == {"dataset"}
+        best = pytest.approx(dataset.episode_returns.max())
+        assert agent.resolve_target(None) == agent.resolve_target(None, "elsewhere") == best
+
+
 # ---- streams -----------------------------------------------------------------------------------
 
 
@@ -193,9 +255,14 @@ def test_streams_of_slots_out_of_phase_do_not_mix(build, agent_id):
 
 def test_a_stream_starts_anew_with_each_episode(build):
     agent = build("dm", acting="stream")
-    np.testing.assert_array_equal(
-        play(agent, 5, target_return=1.0), play(agent, 5, target_return=1.0)
-    )
+    first, rng = play(agent, 5, target_return=1.0), np.random.default_rng(0)
+    np.testing.assert_array_equal(first, play(agent, 5, target_return=1.0))
+    agent.reset([0], target_return=[1.0])  # the slot stays, and with it what was carried
+    again = []
+    for _ in range(5):
+        again.append(agent.act(rng.standard_normal((1, 3)).astype(np.float32)))
+        agent.step(1.0, False, False)
+    np.testing.assert_array_equal(first, np.stack(again))
 
 
 @settings(max_examples=15, deadline=None)

@@ -342,6 +342,7 @@ def test_the_released_loss_also_predicts_the_first_step_from_padding(make):
         ("dt", {"acting": "stream"}, "decision-mamba"),
         ("dm", {"acting": "stream", "history": 1}, "history"),
         ("dm-released", {"acting": "stream"}, "causal"),
+        ("decision-mamba-released", {"acting": "stream"}, "padding='right'"),
         ("dm", {"variant": "released"}, "left_legacy"),
         ("dt", {"action_norm": "mean_std"}, "squash"),
         ("dt", {"state_weight": 0.6, "return_weight": 0.4}, "sum to less"),

@@ -56,7 +56,7 @@ class SequenceAgent(Agent):
     def window_spec(self):
         return SegmentSpec(self.config.history, ("state",), padding=self.config.padding)
 
-    def resolve_target(self, target):
+    def resolve_target(self, target, task=None):
         return 0.0 if target is None else target
 
     def build_policy(self):
