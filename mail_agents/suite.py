@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ import gymnasium
 
 from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import TaskResult, Video, group_by_task
-from mail_agents.rollout import Evaluation, MakeEnv, env_maker, evaluate
+from mail_agents.rollout import Evaluation, MakeEnv, check_target_returns, env_maker, evaluate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,16 +166,11 @@ def check_targets(agent: "Agent", target_returns: Sequence[float]) -> None:
         InvalidInputError: The agent does not use target returns, or a target is not a finite
             number of its own.
     """
-    if target_returns and not agent.uses_target_return:
+    if target_returns:
+        check_target_returns(agent, target_returns)
+    if len({f"{target:g}" for target in target_returns}) < len(target_returns):
         raise InvalidInputError(
-            f"Agent {agent.agent_id!r} does not use target returns, got {list(target_returns)}. "
-            "Leave --target-returns out: it is for return-conditioned agents."
-        )
-    names = {f"{target:g}" for target in target_returns}
-    if len(names) < len(target_returns) or not all(map(math.isfinite, target_returns)):
-        raise InvalidInputError(
-            f"Target returns must be finite and differ in their first six digits; got "
-            f"{list(target_returns)}."
+            f"Target returns must differ in their first six digits; got {list(target_returns)}."
         )
 
 

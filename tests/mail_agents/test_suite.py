@@ -1,6 +1,7 @@
 """Evaluating on the worlds a dataset came from, and reading it back."""
 
 import json
+from functools import partial
 
 import gymnasium
 import numpy as np
@@ -144,17 +145,38 @@ def test_without_targets_the_agent_aims_for_its_own(seeker, tmp_path):
         seeker, [World("far", ENV_ID, {})], 2, seed=1, directory=tmp_path, say=said.append
     ).values()
     assert found.protocol["target_return"] == 0.0
-    assert said[0].startswith("far: ")
+    assert said[0].startswith("far, target 0: ")
     assert not [path for path in (tmp_path / "far").iterdir() if path.is_dir()]
+
+
+def test_a_new_evaluation_takes_the_place_of_an_earlier_one(seeker, tmp_path):
+    worlds = [World("near", ENV_ID, {"terminate": True}), World("far", ENV_ID, {})]
+    play = partial(evaluate_worlds, seeker, seed=1, directory=tmp_path, say=lambda _: None)
+    play(worlds, 2, target_returns=(-1.0, 5.0), videos=1)
+    (tmp_path / "far" / "notes.txt").write_text("mine")
+    assert recorded_videos(tmp_path)
+    play(worlds[:1], 2, target_returns=(-1.0, 7.0))
+    assert list(completed_targets(tmp_path, ["near"])) == ["7"]
+    assert {video.task for video in recorded_videos(tmp_path)} == {"far"}
+    # Killed after the first of two tasks, it leaves none of the other's old results.
+    broken = [worlds[0], World("far", "toybox/Nowhere-v0", {})]
+    with pytest.raises(gymnasium.error.Error):
+        play(broken, 2)
+    assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["notes.txt"]
+    assert completed_targets(tmp_path, ["near"]) == {}
 
 
 def test_targets_that_cannot_be_meant(agent, seeker):
     worlds = [World("far", ENV_ID, {})]
     with pytest.raises(InvalidInputError, match=r"'random' does not use target returns"):
         evaluate_worlds(agent, worlds, 1, seed=0, target_returns=[1.0])
-    for targets in ([1.0, 1.0], [1.0, 1.0000001], [float("nan")], [float("inf")]):
-        with pytest.raises(InvalidInputError, match="finite and differ"):
-            evaluate_worlds(seeker, worlds, 1, seed=0, target_returns=targets)
+    for words, wrong in (
+        ("must differ", ([1.0, 1.0], [1.0, 1.0000001])),
+        ("must be finite", ([float("nan")], [1.0, float("inf")])),
+    ):
+        for targets in wrong:
+            with pytest.raises(InvalidInputError, match=words):
+                evaluate_worlds(seeker, worlds, 1, seed=0, target_returns=targets)
 
 
 def test_the_saved_protocol_says_how_the_world_was_made(agent, tmp_path):
