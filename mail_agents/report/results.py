@@ -168,7 +168,8 @@ def agents_of(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     """Groups runs by label, in order of first appearance.
 
     Raises:
-        InvalidInputError: There are no runs, or one label stands for two agents.
+        InvalidInputError: There are no runs, one label stands for two agents, or an agent has two
+            runs with one seed on datasets of one name.
     """
     if not results:
         raise InvalidInputError("There are no results to report.")
@@ -179,6 +180,12 @@ def agents_of(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
             raise InvalidInputError(
                 f"Label {run.label!r} is used for {group[0].agent!r} and {run.agent!r}. "
                 "Give each agent its own label."
+            )
+        if any((run.dataset, run.seed) == (other.dataset, other.seed) for other in group):
+            raise InvalidInputError(
+                f"{run.label!r} has two runs on {run.dataset!r} with seed {run.seed}. Runs are told "
+                "apart by agent, dataset and seed: give every dataset once, and under a name of its "
+                "own."
             )
         group.append(run)
     return groups

@@ -1,7 +1,7 @@
-"""scripts/compare.py at toy size: reuse, resume, failure, and what it refuses."""
+"""scripts/compare.py at toy size: reuse, resume, failure, and what it refuses. For plans see
+tests/mail_agents/training/test_comparison.py."""
 
 import csv
-import importlib.util
 import os
 import re
 import signal
@@ -13,7 +13,6 @@ import pytest
 from toybox.world import make_dataset
 
 import mail_agents
-from mail_agents.errors import InvalidInputError, UnknownNameError
 from mail_agents.report.results import load_results
 
 TINY = (
@@ -32,140 +31,6 @@ def deadly(function):
     return call
 os.fsync, os.replace, os.rename = map(deadly, (os.fsync, os.replace, os.rename))
 """
-
-
-@pytest.fixture
-def module(repository):
-    path = repository / "scripts" / "compare.py"
-    spec = importlib.util.spec_from_file_location("compare_script", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-# ---- the plan --------------------------------------------------------------------------------
-
-
-def test_cells_are_agents_by_datasets_by_seeds(module):
-    args = module.Args(
-        agents=("mail/d-ma-bc,optim.lr=0.1", "mail/d-ma-bc,optim.lr=0.2", "random"),
-        datasets=("a/x.v1", "a/x.v2"),
-        seeds=(0, 1),
-        common="history=2,language=hash,ema_decay=null",
-        videos=2,
-        output="out",
-    )
-    cells = module.plan(args)
-    assert len(cells) == 3 * 2 * 2
-    # Names with dots keep apart what lies beside the run directories.
-    for ending in (".json", ".log"):
-        assert len({cell.beside(ending) for cell in cells}) == len(cells)
-    first, last = cells[0].command, cells[-1].command
-    text = " ".join(first)
-    assert "--config.history 2 --config.language hash --config.ema-decay None" in text
-    assert "--config.optim.lr 0.1" in text
-    assert "--videos 2" in text
-    assert "--videos 0" in " ".join(cells[1].command)  # only for the first seed
-    assert "--config" not in " ".join(last)  # common overrides are for agents that learn
-    assert {cell.label for cell in cells} == set(args.agents)
-
-
-def test_flags(module):
-    assert module.flags(
-        {"a_b": True, "c": False, "d": [1, 2], "e.f_g": "x", "e.on": True, "e.off": False}
-    ) == [
-        "--config.a-b",
-        "--config.no-c",
-        *("--config.d", "1", "2"),
-        *("--config.e.f-g", "x"),
-        "--config.e.on",
-        "--config.e.no-off",
-    ]
-
-
-def test_flags_of_nested_switches_are_those_of_the_train_script(module, capsys):
-    from mail_agents.training.runs import RunArguments, parse_arguments
-
-    for value in (True, False):
-        argv = ["--agent", "dt", *module.flags({"self_evolution.enabled": value})]
-        config = parse_arguments(RunArguments, argv).config
-        assert config.self_evolution.enabled is value
-
-
-def test_an_agent_may_be_named(module):
-    agents = ("Small=dt,d_model=64,layers=2", "dt", "Other=bc")
-    cells = module.plan(module.Args(agents=agents, datasets=("a",)))
-    assert [cell.label for cell in cells] == ["Small", "dt", "Other"]
-    assert [cell.command[1] for cell in cells] == ["dt", "dt", "bc"]
-    assert "--config.d-model 64 --config.layers 2" in " ".join(cells[0].command)
-
-
-@pytest.mark.parametrize(
-    ("agents", "datasets", "error", "words"),
-    [
-        (("mail/d-ma-cb",), ("a",), UnknownNameError, "Did you mean 'mail/d-ma-bc'"),
-        (("mail/d-ma-bc,widht=3",), ("a",), UnknownNameError, "Did you mean 'width'"),
-        (("mail/d-ma-bc,width",), ("a",), InvalidInputError, "field=value"),
-        (("random",), ("a/x", "b/x"), InvalidInputError, "share a directory"),
-        (("random", "random"), ("a",), InvalidInputError, "share a directory"),
-    ],
-)
-def test_a_plan_that_cannot_work_trains_nothing(module, agents, datasets, error, words):
-    with pytest.raises(error, match=words):
-        module.plan(module.Args(agents=agents, datasets=datasets))
-
-
-def test_target_returns_belong_to_datasets_and_to_agents_that_use_them(module):
-    args = module.Args(
-        agents=("dt", "bc"),
-        datasets=("data/hopper", "data/walker"),
-        target_returns=("hopper=3600", "hopper=1800", "walker=5000"),
-    )
-    commands = {(c.label, c.dataset): " ".join(c.command) for c in module.plan(args)}
-    assert "--target-returns 3600 1800" in commands["dt", "data/hopper"]
-    assert "--target-returns 5000" in commands["dt", "data/walker"]
-    assert "--target-returns" not in commands["bc", "data/hopper"]
-    everywhere = module.plan(module.Args(("dt",), ("a", "b"), target_returns=("9", "a=-1e3")))
-    assert [" ".join(c.command).partition("--target-returns ")[2] for c in everywhere] == [
-        "9 -1e3",
-        "9",
-    ]
-
-
-def test_ready_made_agents_are_evaluated_where_they_belong(module, tmp_path):
-    artifact = tmp_path / "sac@home.safetensors"
-    artifact.touch()
-    trained = (f"SAC={artifact}@hopper", f"Both={artifact}")
-    args = module.Args(("random",), ("d/hopper", "d/walker"), seeds=(3, 4), trained=trained)
-    cells = [cell for cell in module.plan(args) if cell.script == "evaluate.py"]
-    assert [(c.label, c.dataset, c.seed) for c in cells] == [
-        ("SAC", "d/hopper", 3),
-        ("Both", "d/hopper", 3),
-        ("Both", "d/walker", 3),
-    ]
-    assert f"--agent {artifact} --dataset d/hopper" in " ".join(cells[0].command)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"target_returns": ("many",)}, InvalidInputError, "NUMBER or DATASET=NUMBER"),
-        ({"target_returns": ("hoper=3",)}, UnknownNameError, "Did you mean 'hopper'"),
-        ({"target_returns": ("3",)}, InvalidInputError, "none of --agents is one: random"),
-        ({"trained": ("sac",)}, InvalidInputError, "LABEL=ARTIFACT"),
-        ({"trained": ("SAC=gone.safetensors",)}, InvalidInputError, "gone.safetensors"),
-        ({"trained": (f"SAC={__file__}@walker",)}, UnknownNameError, "walker"),
-        ({"trained": (f"random={__file__}",)}, InvalidInputError, "label that no agent has"),
-        ({"workers": 0}, InvalidInputError, "start at 1"),
-    ],
-)
-def test_options_that_cannot_work_train_nothing(module, options, error, words):
-    with pytest.raises(error, match=words):
-        module.plan(module.Args(("random",), ("data/hopper",), **options))
 
 
 # ---- running ---------------------------------------------------------------------------------
@@ -296,6 +161,18 @@ def test_scores_targets_and_ready_made_agents(scripts, tmp_path):
     # The name is D4RL's, the data are not: its published numbers stand apart, and say so.
     assert "in spite of their names: hopper-medium." in report
     assert "67.6" in report[report.index("Published numbers") :]
+
+
+def test_a_place_that_cannot_be_written_is_named(scripts, tmp_path, point_dataset):
+    (tmp_path / "afile").touch()
+    code, text = scripts.run(
+        tmp_path, "compare", "--agents", "random", "--datasets", point_dataset, "--output",
+        tmp_path / "afile" / "c",
+    )  # fmt: skip
+    assert code == 1
+    assert "error: Cannot write" in text
+    assert "afile" in text
+    assert "Traceback" not in text
 
 
 def test_ctrl_c_ends_everything_and_the_same_command_continues(tmp_path, point_dataset, repository):

@@ -130,3 +130,11 @@ def test_grouping_by_label(results):
         agents_of([results[0], clash])
     with pytest.raises(InvalidInputError, match="has no evaluation 'best'; it has: last"):
         results[0].tasks("best")
+
+
+def test_a_run_is_not_counted_twice(results):
+    """Two datasets of one name would pass for two seeds of one, with a spread over them."""
+    with pytest.raises(InvalidInputError, match="'ED-Ma BC' has two runs on 'demo' with seed 0"):
+        agents_of([*results, results[0]])
+    assert len(agents_of([*results, replace(results[0], seed=1)])["ED-Ma BC"]) == 2
+    assert len(agents_of([*results, replace(results[0], dataset="other")])["ED-Ma BC"]) == 2
