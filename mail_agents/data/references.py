@@ -1,4 +1,4 @@
-"""Reference returns of a dataset, checked before they are stored rather than when scores are made."""
+"""Reference returns of a dataset, checked before they are stored, not when scores are made."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -163,6 +163,13 @@ def test_what_a_converted_store_knows(tmp_path):
     assert store.info.source["id"] == "test/known-v0"
     assert len(store.info.source["sha256"]) == 64
     assert store.table.source_ids == ("0", "1", "2")
+    # by folder as well, and with a subset
+    assert len(list(read_minari(source.storage.data_path))) == 3
+    assert len(list(read_minari(source.storage.data_path.parent))) == 3
+    some = source.filter_episodes(lambda e: e.id != 1)
+    subset = convert_minari(some, tmp_path / "subset")
+    assert subset.table.source_ids == ("0", "2")
+    assert subset.info.source["episodes"] == [0, 2]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -174,13 +181,6 @@ def test_published_references_that_are_no_scale_are_left_out(tmp_path):
     assert caught[0].filename == __file__
     assert store.info.reference_scores == {}
     assert store.info.source["metadata"]["ref_max_score"] == 20.0
-    # by folder as well, and with a subset
-    assert len(list(read_minari(source.storage.data_path))) == 3
-    assert len(list(read_minari(source.storage.data_path.parent))) == 3
-    some = source.filter_episodes(lambda e: e.id != 1)
-    subset = convert_minari(some, tmp_path / "subset")
-    assert subset.table.source_ids == ("0", "2")
-    assert subset.info.source["episodes"] == [0, 2]
 
 
 def two_tasks() -> list[Episode]:

@@ -28,7 +28,14 @@ from mail_wrappers.datasets.minari_export import (
     write_minari,
 )
 
-__all__ = ["MinariReferenceWarning", "MinariSource", "convert_minari", "load_minari", "read_minari", "write_minari"]
+__all__ = [
+    "MinariReferenceWarning",
+    "MinariSource",
+    "convert_minari",
+    "load_minari",
+    "read_minari",
+    "write_minari",
+]
 
 MinariSource = MinariDataset | str | os.PathLike[str]
 
