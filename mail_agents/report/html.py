@@ -11,7 +11,7 @@ from typing import Any
 from mail_agents.report import sections, summary, tables
 from mail_agents.report.published import PublishedTable
 from mail_agents.report.results import RunResult, Video, agents_of, task_names
-from mail_agents.report.settings import settings_of
+from mail_agents.report.settings import Setting, settings_of
 from mail_agents.storage import write_atomic
 
 # A page much larger than this opens slowly and cannot be mailed.
@@ -171,7 +171,7 @@ def _read(path: str) -> bytes | None:
 def _protocol(
     results: Sequence[RunResult], extra: Mapping[str, Any], commands: Sequence[str]
 ) -> str:
-    groups = agents_of(results)
+    groups, settings = agents_of(results), settings_of(results)
     seeds = sorted({e["seed"] for r in results for t in r.tasks() for e in t.episodes})
     lines: dict[str, Any] = {
         "demonstrations": ", ".join(dict.fromkeys(run.dataset for run in results)),
@@ -179,13 +179,14 @@ def _protocol(
         "checkpoint": ", ".join(dict.fromkeys(n for r in results for n in r.evaluations)),
         "episodes per task and run": _span([t.n for run in results for t in run.tasks()]),
         "initial states": f"{len(seeds)} environment seeds, {seeds[0]} to {seeds[-1]}",
-        **{
-            f"references of {s.name}": str(s.reference) for s in settings_of(results) if s.reference
-        },
+        **{f"references of {s.name}": str(s.reference) for s in settings if s.reference},
         **extra,
     }
     for label, runs in groups.items():
-        lines[label] = [_describe(runs), *dict.fromkeys(n for run in runs for n in run.notes)]
+        lines[label] = [
+            _describe(runs, settings),
+            *dict.fromkeys(n for run in runs for n in run.notes),
+        ]
     lines["versions"] = ", ".join(f"{name} {v}" for name, v in versions().items())
     items = "".join(f"<dt>{escape(k)}</dt>{_values(v)}" for k, v in lines.items())
     code = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
@@ -203,16 +204,31 @@ def _span(values: Sequence[int]) -> str:
     return str(min(values)) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
 
-def _describe(runs: Sequence[RunResult]) -> str:
+def _describe(runs: Sequence[RunResult], settings: Sequence[Setting]) -> str:
     run = runs[0]
     if not run.parameters:
         return f"{run.agent}, does not learn"
     parameters, updates, seconds = tables.cost_cells(runs)
-    chunk = [
+    facts = [run.agent, f"{parameters} parameters"]
+    facts.append(f"{updates} updates in {seconds}" if run.train_steps else "ready-made")
+    facts += [
         f"{key} {run.config[key]}"
         for key in ("history", "horizon", "execute")
         if run.config.get(key) is not None
     ]
-    return ", ".join(
-        [run.agent, f"{parameters} parameters", f"{updates} updates in {seconds}", *chunk]
-    )
+    return ", ".join(filter(None, [*facts, _aims(runs, settings)]))
+
+
+def _aims(runs: Sequence[RunResult], settings: Sequence[Setting]) -> str:
+    """The target returns behind the scores of an agent, by setting where they differ."""
+    aims: dict[str, list[str]] = {}
+    for setting in settings:
+        found = [task for run in runs if (task := setting.find(run)) is not None]
+        given = [e.get("target_return") for task in found for e in task.episodes]
+        targets = {float(target) for target in given if target is not None}
+        if targets:
+            aims.setdefault(" or ".join(f"{t:g}" for t in sorted(targets)), []).append(setting.name)
+    if len(aims) < 2:
+        return "".join(f"target return {target}" for target in aims)
+    each = "; ".join(f"{target} ({', '.join(names)})" for target, names in aims.items())
+    return f"target returns {each}"

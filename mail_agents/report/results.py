@@ -183,9 +183,9 @@ def agents_of(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
             )
         if any((run.dataset, run.seed) == (other.dataset, other.seed) for other in group):
             raise InvalidInputError(
-                f"{run.label!r} has two runs on {run.dataset!r} with seed {run.seed}. Runs are told "
-                "apart by agent, dataset and seed: give every dataset once, and under a name of its "
-                "own."
+                f"{run.label!r} has two runs on {run.dataset!r} with seed {run.seed}. Runs are "
+                "told apart by agent, dataset and seed: give every dataset once, and under a name "
+                "of its own."
             )
         group.append(run)
     return groups

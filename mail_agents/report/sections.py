@@ -186,9 +186,11 @@ def curves(results: Sequence[RunResult]) -> str:
     if not panels:
         return ""
     note = (
-        "Training loss against updates, smoothed; with several seeds, their mean and range. "
-        "Different objectives and datasets have different losses, so they do not share axes, and a "
-        "lower loss is not a better agent."
+        "Error or loss, as written above each chart, against updates, smoothed; with several "
+        "seeds, their mean and range. The squared error to the recorded actions means the same "
+        "for all agents of a dataset, a loss only for agents that minimise the same. A lower curve "
+        "is not a better agent, and the curve of one that sees the actions it predicts says "
+        "nothing beside others; such an agent is named where this page says how it was measured."
     )
     legend = charts.legend(results) if charts.needs_legend(results) else ""
     body = f'{legend}<div class="curves">{"".join(panels)}</div>'

@@ -370,6 +370,43 @@ def test_ready_made_agents_have_a_size_but_no_training():
     assert tables.cost_cells([run, replace(run, parameters=2_500_000)])[0] == "1 k to 2.5 M"
 
 
+def aiming(run: RunResult, *targets: float | None) -> RunResult:
+    """The run with the target returns that its episodes aimed for, by task."""
+    tasks = [
+        TaskResult(task.task, [{**episode, "target_return": target} for episode in task.episodes])
+        for task, target in zip(run.tasks(), targets, strict=True)
+    ]
+    return replace(run, evaluations={"last": tasks}, target_return=targets[0])
+
+
+def described(results: list[RunResult], path) -> dict[str, str]:
+    """What the page says of each agent under "How this was measured"."""
+    page = write_report(results, path / "report.html").read_text(encoding="utf-8")
+    measured = page[page.index("How this was measured") :]
+    return dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", measured))
+
+
+def test_the_page_names_the_target_of_every_score(results, tmp_path):
+    first, second, *_ = results
+    runs = [
+        aiming(first, 9.5, 9.5),
+        aiming(replace(first, seed=1), 9.5, 9.5),
+        aiming(second, 3600.0, 5000.0),
+        results[2],
+    ]
+    found = described(runs, tmp_path)
+    assert found["ED-Ma BC"].endswith(", execute 5, target return 9.5")
+    assert found["ED-Tr BC"].endswith(", target returns 3600 (reach); 5000 (pick)")
+    assert "target" not in found["D-Ma BC"]
+
+
+def test_the_page_says_of_ready_made_agents_that_they_are(results, tmp_path):
+    ready = replace(results[0], train_steps=0, train_seconds=0.0, curve=[])
+    assert described([ready], tmp_path)["ED-Ma BC"] == (
+        "mail/ed-ma-bc, 1 M parameters, ready-made, history 1, horizon 5, execute 5"
+    )
+
+
 def test_targets_have_a_table_of_their_own():
     runs = scored(AGENTS[:2], DATASETS[:1], 2, target_return=3600.0, targets=("1800",))
     runs += scored(AGENTS[2:3], DATASETS[:1], 2)
