@@ -144,6 +144,16 @@ class Agent(Acting):
         """
         return list(range(len(dataset)) if episodes is None else episodes)
 
+    def check_episode_length(self, steps: int) -> None:
+        """Refuses worlds whose episodes are too long to act in; asked before training.
+
+        Args:
+            steps: Longest episode of a world.
+
+        Raises:
+            InvalidInputError: The agent cannot act for so many steps.
+        """
+
     def on_update(self) -> None:
         """Called after every optimiser step, when :attr:`updates` has counted it."""
 

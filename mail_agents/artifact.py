@@ -2,8 +2,9 @@
 
 It holds tensors under ``model/``, ``ema/`` and ``norm/``, optionally ``task_embeddings``, and one
 metadata key with canonical JSON: format version, agent id, config, features, tasks, seed,
-provenance, backends, library versions, and a checksum of all of it and of the tensors. Opening one
-never unpickles anything.
+provenance, backends, library versions, and a checksum of all of it and of the tensors. Provenance
+is what it was trained on, and ``target_returns``, the returns it was scored under, where a script
+gave some. Opening one never unpickles anything.
 """
 
 import hashlib

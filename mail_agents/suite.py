@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
-from mail_agents.errors import InvalidInputError
+from mail_agents.errors import InvalidInputError, MailAgentsError
+from mail_agents.features import FeatureSpec
 from mail_agents.report.results import TaskResult, Video, group_by_task
 from mail_agents.rollout import Evaluation, MakeEnv, check_target_returns, env_maker, evaluate
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Folders of further target returns, inside a task's folder.
 _TARGET = "target-"
+#: Beginnings of the names of videos.
+_OUTCOMES = {True: "success", False: "failure", None: "episode"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,40 @@ class World:
                 f"The environment {self.env_id!r} of task {self.task!r} cannot be found here: "
                 f"{error} Install the package that registers it, and name its module in the id "
                 "('module:id') with scripts/evaluate.py --env, or train with --eval-episodes 0."
+            ) from error
+
+    def check_agent(self, agent: "Agent") -> None:
+        """Makes the environment once, so that what an agent cannot act in is known before training.
+
+        Args:
+            agent: Its features are compared with the environment's, and the length of an episode
+                with what it can act for.
+
+        Raises:
+            InvalidInputError: The environment cannot be made, or its episodes are too long.
+            FeatureMismatchError: It does not give what the agent sees.
+        """
+        try:
+            env = self.maker()()
+        except Exception as error:  # simulators raise anything
+            kind = "" if isinstance(error, MailAgentsError) else f"{type(error).__name__}: "
+            raise InvalidInputError(
+                f"The environment {self.env_id!r} of task {self.task!r} cannot be made here: "
+                f"{kind}{error}\nTo train without evaluating, give --eval-episodes 0."
+            ) from error
+        try:
+            features = FeatureSpec.from_spaces(env.observation_space, env.action_space)
+            agent.features.check(features, that=f"environment of task {self.task!r}")
+            steps = None if env.spec is None else env.spec.max_episode_steps
+        finally:
+            env.close()
+        if steps is None:
+            return
+        try:
+            agent.check_episode_length(steps)
+        except InvalidInputError as error:
+            raise InvalidInputError(
+                f"Episodes of task {self.task!r} may have {steps} steps. {error}"
             ) from error
 
     def maker(self, **extra: Any) -> MakeEnv:
@@ -122,7 +160,8 @@ def evaluate_worlds(
         deterministic: Whether the agent leaves out sampling noise.
         target_returns: Returns to aim for; none named means the agent's own. Results of all but the
             first go into ``target-<value>`` inside the task's folder.
-        directory: Where ``episodes.jsonl``, ``summary.json`` and videos go, one folder per task.
+        directory: Where ``episodes.jsonl``, ``summary.json`` and videos go, one folder per task;
+            those of an earlier evaluation are deleted first.
         videos: Successful episodes to record per task, and as many failed ones.
         say: Receives one line per task.
 
@@ -133,6 +172,9 @@ def evaluate_worlds(
         InvalidInputError: See :func:`check_targets`.
     """
     check_targets(agent, target_returns)
+    if directory is not None:
+        for world in worlds:
+            _clear(task_directory(directory, world.task))
     evaluations = {}
     for world in worlds:
         play = partial(
@@ -147,7 +189,8 @@ def evaluate_worlds(
         folder = None if directory is None else task_directory(directory, world.task)
         for number, target in enumerate(target_returns or (None,)):
             found = play(n_episodes, n_envs=n_envs, env_kwargs=world.kwargs, target_return=target)
-            say(f"{world.task}{'' if target is None else f', target {target:g}'}: {found}")
+            aimed = found.protocol["target_return"]
+            say(f"{world.task}{'' if aimed is None else f', target {aimed:g}'}: {found}")
             if folder is not None:
                 found.save(folder if number == 0 else folder / f"{_TARGET}{target:g}")
             evaluations.setdefault(world.task, found)
@@ -174,6 +217,17 @@ def check_targets(agent: "Agent", target_returns: Sequence[float]) -> None:
         )
 
 
+def _clear(folder: Path) -> None:
+    """Deletes what an earlier evaluation wrote for a task, which must not mix with a new one."""
+    for name in ("episodes.jsonl", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+    for outcome in _OUTCOMES.values():
+        for video in folder.glob(f"{outcome}-[0-9]*.mp4"):
+            video.unlink()
+    for target in folder.glob(f"{_TARGET}*"):
+        shutil.rmtree(target)
+
+
 def _record(
     evaluation: Evaluation, film: Callable[..., Evaluation], count: int, directory: Path
 ) -> None:
@@ -182,7 +236,7 @@ def _record(
     failed = [e.index for e in evaluation.episodes if not e.success][:count]
     for index in solved + failed:
         again = film([index], record=[index])
-        outcome = {True: "success", False: "failure", None: "episode"}[again.episodes[0].success]
+        outcome = _OUTCOMES[again.episodes[0].success]
         path = directory / f"{outcome}-{index:03d}.mp4"
         write_video(path, again.frames[index], again.fps)
 
@@ -236,7 +290,7 @@ def _task_results(folders: Iterable[Path]) -> list[TaskResult] | None:
 
 def recorded_videos(directory: str | Path) -> list[Video]:
     """Lists the videos that :func:`evaluate_worlds` wrote, one folder per task."""
-    outcomes = {"success": True, "failure": False, "episode": None}
+    outcomes = {name: success for success, name in _OUTCOMES.items()}
     videos = []
     for path in sorted(Path(directory).glob("*/*.mp4")):
         outcome, _, index = path.stem.partition("-")

@@ -65,8 +65,8 @@ class Args:
     weights: Literal["ema", "raw"] = "ema"
     """Weights that act."""
     target_returns: tuple[float, ...] = ()
-    """Returns to aim for, the headline's first, for return-conditioned agents; none named means the
-    agent's own."""
+    """Returns to aim for, the headline's first, for return-conditioned agents; none named means
+    those that the artifact was scored under, else the agent's own."""
     videos: int = 0
     """Successful and failed episodes to record per task."""
     output: str | None = None
@@ -176,7 +176,7 @@ def main(args: Args) -> None:
         seed=args.seed,
         n_envs=args.n_envs,
         deterministic=args.deterministic,
-        target_returns=args.target_returns,
+        target_returns=args.target_returns or agent.provenance.get("target_returns", ()),
         directory=output,
         videos=args.videos,
         say=console.print,
@@ -203,3 +203,6 @@ if __name__ == "__main__":
         main(tyro.cli(Args))
     except (MailAgentsError, gymnasium.error.Error) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted. Run the same command again.", file=sys.stderr)
+        sys.exit(130)

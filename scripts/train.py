@@ -21,16 +21,17 @@ import mail_agents
 from mail_agents.checkpoint import save_checkpoint
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import split_episodes
-from mail_agents.errors import InvalidInputError, MailAgentsError
+from mail_agents.errors import InvalidInputError
 from mail_agents.suite import evaluation_directory
-from mail_agents.training.runs import Run, RunArguments, parse_arguments
+from mail_agents.training.runs import Run, RunArguments, run_script
 from mail_agents.training.session import (
+    aims,
     evaluator,
     finish_run,
     open_run,
     start_training,
-    task_warning,
     trainable_parameters,
+    training_notes,
     validation_loss,
 )
 
@@ -70,13 +71,14 @@ def main(args: Args) -> None:
     checks = dataset.windows(agent.window_spec, held_out) if held_out else None
     evaluate = evaluator(args, agent, dataset, console.print, args.target_returns)
     first, seconds = start_training(agent, state, sampler, args.steps)
-    if (note := task_warning(agent)) is not None:
-        console.print(note)
     episodes, parameters = agent.training_episodes(dataset, train), trainable_parameters(agent)
     total = args.steps if parameters else 0  # reference agents only take statistics
+    for note in training_notes(agent, total):
+        console.print(f"note: {note}")
     console.print(
         f"{args.agent}: {parameters:,} parameters, {len(windows):,} windows of "
-        f"{len(episodes)} episodes, {len(dataset.info.tasks)} tasks, on {agent.device}"
+        f"{len(episodes)} episodes, {len(dataset.info.tasks)} tasks"
+        f"{aims(agent, args.target_returns)}, on {agent.device}"
     )
 
     with Run(args.run_dir, args, first if args.resume else None) as run:
@@ -118,7 +120,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments(Args))
-    except MailAgentsError as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Args)

@@ -33,15 +33,17 @@ from rich.progress import track
 import mail_agents
 from mail_agents.checkpoint import save_checkpoint
 from mail_agents.config import AgentConfig
-from mail_agents.errors import InvalidInputError, MailAgentsError
+from mail_agents.errors import InvalidInputError
 from mail_agents.suite import evaluation_directory
-from mail_agents.training.runs import Run, RunArguments, parse_arguments
+from mail_agents.training.runs import Run, RunArguments, run_script
 from mail_agents.training.session import (
+    aims,
     evaluator,
     finish_run,
     open_run,
     start_training,
     trainable_parameters,
+    training_notes,
 )
 from mail_baselines.config import DecisionMambaConfig, MultiGrainedConfig
 from mail_baselines.d4rl_settings import adapt, published_targets
@@ -84,10 +86,11 @@ def main(args: Args) -> None:
     updates = args.config.self_evolution.steps_per_stage
     total = args.stages * updates
     first, seconds = start_training(agent, state, sampler, total)
+    for note in training_notes(agent, total):
+        console.print(f"note: {note}")
     console.print(
         f"{args.agent}: {trainable_parameters(agent):,} parameters, {len(windows):,} windows of "
-        f"{agent.config.history} steps, targets {targets or 'the best return in the data'}, "
-        f"on {agent.device}"
+        f"{agent.config.history} steps{aims(agent, targets)}, on {agent.device}"
     )
 
     quiet = not sys.stdout.isatty()
@@ -131,7 +134,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments(Args))
-    except MailAgentsError as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Args)

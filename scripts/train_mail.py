@@ -25,16 +25,16 @@ from mail_agents.agents.mail_config import MailConfig
 from mail_agents.checkpoint import save_checkpoint
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import TrajectoryDataset, select_demos
-from mail_agents.errors import InvalidInputError, MailAgentsError
+from mail_agents.errors import InvalidInputError
 from mail_agents.suite import evaluation_directory
-from mail_agents.training.runs import Run, RunArguments, parse_arguments
+from mail_agents.training.runs import Run, RunArguments, run_script
 from mail_agents.training.session import (
     evaluator,
     finish_run,
     open_run,
     start_training,
-    task_warning,
     trainable_parameters,
+    training_notes,
 )
 
 console = Console(soft_wrap=True)
@@ -87,8 +87,8 @@ def main(args: Args) -> None:
     per_epoch = sampler.batches_per_epoch
     total = args.epochs * per_epoch
     first, seconds = start_training(agent, state, sampler, total)
-    if (note := task_warning(agent)) is not None:
-        console.print(note)
+    for note in training_notes(agent, total):
+        console.print(f"note: {note}")
     console.print(
         f"{args.agent}: {trainable_parameters(agent):,} parameters, {len(windows):,} windows of "
         f"{len(episodes)} demonstrations of {len(dataset.info.tasks)} tasks, "
@@ -135,7 +135,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_arguments(Args))
-    except MailAgentsError as error:
-        sys.exit(f"error: {error}")
+    run_script(main, Args)

@@ -4,28 +4,31 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 import dacite
+import gymnasium
 import tyro
 
 from mail_agents import __version__
 from mail_agents.config import AgentConfig
 from mail_agents.data.files import take_lock
-from mail_agents.errors import CorruptFileError, InvalidInputError
+from mail_agents.errors import CorruptFileError, InvalidInputError, MailAgentsError
 from mail_agents.registry import spec
 from mail_agents.storage import storing, write_atomic
 
 ARGUMENTS = "arguments.json"
 METRICS = "metrics.jsonl"
-#: Arguments that decide the weights of a run, so that resuming cannot change them.
+#: Arguments that decide the weights of a run or how it is scored: resuming cannot change them.
 _DECIDING = (
     *("agent", "config", "seed", "validation", "precision", "updates"),
     *("observations", "demos", "demo_selection", "output"),
+    *("eval_episodes", "eval_seed", "target_returns"),
 )
 
 
@@ -78,7 +81,7 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
 
     ``cls`` gives ``agent`` a default. ``--agent ID`` decides which config flags exist and their
     defaults; ``--resume RUN`` takes every default from that run's stored arguments; what decides
-    the weights cannot be changed then.
+    the weights, or how they are scored, cannot be changed then.
 
     Args:
         cls: The dataclass.
@@ -102,14 +105,58 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
     if resume is not None:
         lengths = ("steps", "epochs", "iterations", "stages")
         bent = lengths if default.config.optim.schedule == "cosine" else ()
+        changes: list[str] = []
         for name in (*_DECIDING, *bent):
             given, stored = getattr(arguments, name, None), getattr(default, name, None)
-            if given != stored:
-                raise InvalidInputError(
-                    f"{resume} was started with {name}={stored}, not {given}; a resumed run keeps "
-                    f"it. Drop the flag, or start a new run with another --output."
-                )
+            changes += _differences(name, stored, given)
+        if changes:
+            raise InvalidInputError(
+                f"{resume} was started with {'; '.join(changes)}. A resumed run keeps what decides "
+                "its weights and its scores. Drop the flag, or start a new run with another "
+                "--output."
+            )
     return arguments
+
+
+def _differences(name: str, stored: Any, given: Any) -> list[str]:
+    """Names what differs, field by field where both are configs of one class."""
+    if stored == given:
+        return []
+    if not dataclasses.is_dataclass(stored) or type(stored) is not type(given):
+        return [f"{name}={stored}, not {given}"]
+    return [
+        line
+        for each in dataclasses.fields(stored)
+        for line in _differences(
+            f"{name}.{each.name}", getattr(stored, each.name), getattr(given, each.name)
+        )
+    ]
+
+
+def run_script(main: Callable[[A], None], cls: type[A]) -> None:
+    """Runs a train script from its command line, and ends with a sentence where it cannot go on.
+
+    Args:
+        main: The script, given its arguments.
+        cls: See :func:`parse_arguments`.
+
+    Raises:
+        SystemExit: With the sentence, or with status 130 after Ctrl-C.
+    """
+    run = None
+    try:
+        arguments = parse_arguments(cls)
+        run = arguments.run_dir
+        main(arguments)
+    except (MailAgentsError, gymnasium.error.Error) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        if run is None or not (run / ARGUMENTS).exists():
+            print("Interrupted before anything was written.", file=sys.stderr)
+        else:
+            command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
+            print(f"Interrupted. Continue with: {command}", file=sys.stderr)
+        sys.exit(130)
 
 
 def _flag(argv: Sequence[str], name: str) -> str | None:
@@ -130,19 +177,31 @@ def load_arguments(cls: type[A], run: Path) -> A:
 
     Raises:
         CorruptFileError: They are missing or do not fit ``cls``.
+        InvalidInputError: They are those of another script.
     """
     path = run / ARGUMENTS
+    script = None
     try:
-        data = json.loads(path.read_text("utf-8"))["arguments"]
+        stored = json.loads(path.read_text("utf-8"))
+        data, script = stored["arguments"], stored.get("script")
         config_class = type(spec(data["agent"]).config())
         config = config_class.from_dict(data.pop("config"))
         plain = dacite.Config(strict=True, cast=[tuple], type_hooks={AgentConfig: lambda _: config})
         return dacite.from_dict(cls, {**data, "config": {}}, plain)
     except (OSError, ValueError, KeyError, TypeError, dacite.DaciteError) as error:
+        if script is not None and script != _script():
+            raise InvalidInputError(
+                f"{run} was started with {script}, whose arguments {_script()} does not have; "
+                f"continue with scripts/{script} --resume {run}"
+            ) from error
         raise CorruptFileError(
             f"Cannot resume {run}: {path} is missing or unreadable ({error}). Expected a run "
             "directory written by this script."
         ) from error
+
+
+def _script() -> str:
+    return Path(sys.argv[0]).name
 
 
 class Run:
@@ -203,6 +262,7 @@ class Run:
                 "or choose another --output."
             )
         text = {
+            "script": _script(),
             "arguments": dataclasses.asdict(arguments),
             "versions": {"mail_agents": __version__, "python": platform.python_version()},
             "command": " ".join(["python", *sys.argv]),

@@ -117,13 +117,14 @@ def test_a_run_from_end_to_end(train, tmp_path, point_dataset):
     }
 
     # Resuming keeps what decides the weights.
-    for change in (("--config.width", 16), ("--seed", 4), ("--agent", "mail/d-tr-bc")):
+    changes = (("--config.width", 16), ("--seed", 4), ("--agent", "mail/d-tr-bc"))
+    for change in (*changes, ("--eval-episodes", 0)):
         code, output = train("--resume", run, *change)
         assert code == 1, output
         assert "was started with" in output
         assert "Traceback" not in output
     # A finished run may go on for longer.
-    code, output = train("--resume", run, "--steps", 35, "--eval-episodes", 0)
+    code, output = train("--resume", run, "--steps", 35)
     assert code == 0, output
     assert mail_agents.load(run, device="cpu").updates == 35
 
@@ -168,7 +169,9 @@ mail_agents.register(
 """
 
 
-def test_a_return_conditioned_agent_is_evaluated_at_every_target(train, tmp_path, point_dataset):
+def test_a_return_conditioned_agent_is_evaluated_at_every_target(
+    train, scripts, tmp_path, point_dataset
+):
     run = tmp_path / "run"
     code, output = train(
         *("--agent", "toybox/sequence", "--dataset", point_dataset, "--output", run),
@@ -188,6 +191,45 @@ def test_a_return_conditioned_agent_is_evaluated_at_every_target(train, tmp_path
     code, output = train("--resume", run, "--steps", 5, prelude=SEQUENCE)
     assert code == 0, output
     assert "point, target 1.5: " in output
+    assert "targets -2, 1.5, on cpu" in output
+    # So has an evaluation of the artifact that names none.
+    code, output = scripts.run(
+        *(tmp_path, "evaluate", "--agent", run, "--episodes", 1, "--device", "cpu"),
+        prelude=SEQUENCE,
+    )
+    assert code == 0, output
+    assert output.count("point, target -2: ") == output.count("point, target 1.5: ") == 1
+
+
+#: Ctrl-C in the third update.
+INTERRUPT = """
+import os, signal
+from mail_agents.agent import Agent
+count, update = iter(range(1, 10**6)), Agent.apply_gradients
+def interrupted(self):
+    if next(count) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return update(self)
+Agent.apply_gradients = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
+
+def test_an_interrupted_run_says_how_to_go_on(train, scripts, tmp_path, point_dataset):
+    short = ("--dataset", point_dataset, "--steps", 4, "--save-every", 1, "--eval-episodes", 0)
+    code, output = train(*TINY, *short, "--output", "run", prelude=INTERRUPT)
+    assert code == 130
+    assert "Traceback" not in output
+    assert "Interrupted. Continue with: python " in output
+    assert output.rstrip().endswith("train.py --resume run")
+    # Another script's run is no broken file.
+    code, output = scripts.run(tmp_path, "train_mail", "--resume", "run")
+    assert code == 1
+    assert "started with train.py" in output
+    assert "continue with scripts/train.py --resume run" in output
+    code, output = train("--resume", "run")
+    assert code == 0, output
+    assert mail_agents.load(tmp_path / "run", device="cpu").updates == 4
 
 
 def test_a_dataset_without_worlds_is_refused_before_training(train, tmp_path):

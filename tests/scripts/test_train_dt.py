@@ -1,6 +1,7 @@
 """scripts/train_dt.py at toy size: the published recipe, iteration by iteration."""
 
 import json
+import re
 
 import pytest
 from toybox.world import ENV_ID, demonstrations, make_dataset
@@ -45,7 +46,7 @@ def test_a_run_from_end_to_end(train, tmp_path):
         *("--target-returns", -1, -5, "--videos", 1),
     )
     assert code == 0, output
-    assert "29 windows of 3 steps, targets (-1.0, -5.0)" in output
+    assert "29 windows of 3 steps, targets -1, -5, on cpu" in output
     assert "iteration 2, 6 updates, loss" in output
     assert output.count("point, target -1: ") == output.count("point, target -5: ") == 2
     assert output.count("point: normalised score") == 1
@@ -171,11 +172,32 @@ def test_a_world_with_longer_episodes_is_refused_before_training(train, tmp_path
     command = (*TINY, "--dataset", data.path, "--iterations", 1, "--updates", 1, "--output", "run")
     code, output = train(*command, "--config.max-timestep", 11)
     assert code == 1
-    assert "Time step 11" in output
+    assert "Episodes of task 'point' may have 12 steps" in output
     assert "--config.max-timestep" in output
     assert not (tmp_path / "run").exists()
     code, output = train(*command, "--config.max-timestep", 12)
     assert code == 0, output
+    assert re.search(r"3 steps, target -\d\S* \(the agent's choice\), on cpu", output)
+    # Where nothing is evaluated, the data's own episodes are all that counts.
+    longer = ("--config.max-timestep", 11, "--eval-episodes", 0, "--output", "data-only")
+    code, output = train(*command, *longer)
+    assert code == 0, output
+
+
+def test_a_world_that_cannot_be_made_is_known_before_training(train, tmp_path, point_dataset):
+    data = write_dataset(
+        tmp_path / "data",
+        demonstrations(2),
+        name="d",
+        features=mail_agents.open_dataset(point_dataset).features,
+        env_specs={"point": {"id": ENV_ID, "kwargs": {"colour": "red"}}},
+    )
+    command = (*TINY, "--dataset", data.path, "--iterations", 1, "--updates", 1, "--output", "run")
+    code, output = train(*command)
+    assert code == 1
+    assert "of task 'point' cannot be made here: TypeError" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_length_of_a_cosine_schedule_cannot_change(train, point_dataset):

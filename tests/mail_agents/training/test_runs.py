@@ -6,12 +6,20 @@ import multiprocessing
 import os
 from dataclasses import dataclass, field
 
+import gymnasium
 import pytest
 
 from mail_agents.agents.mail_config import MailConfig
 from mail_agents.config import AgentConfig
 from mail_agents.errors import CorruptFileError, InvalidInputError, StorageError, UnknownNameError
-from mail_agents.training.runs import Run, load_arguments, parse_arguments, read_metrics
+from mail_agents.training.runs import (
+    Run,
+    RunArguments,
+    load_arguments,
+    parse_arguments,
+    read_metrics,
+    run_script,
+)
 
 
 @dataclass(frozen=True)
@@ -26,12 +34,26 @@ class Args:
     """A tuple, which JSON turns into a list."""
     limit: float | None = None
     """A union."""
+    eval_episodes: int = 20
+    """Episodes."""
+    eval_seed: int = 0
+    """Their seed."""
+    target_returns: tuple[float, ...] = ()
+    """Targets."""
     seed: int = 0
     """Seed."""
     steps: int = 10
     """Steps."""
     resume: str | None = None
     """Run to resume."""
+
+
+@dataclass(frozen=True)
+class RunsArgs(RunArguments):
+    """A script with run directories."""
+
+    agent: str = "mail/d-ma-bc"
+    config: AgentConfig = field(default_factory=AgentConfig)
 
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -78,14 +100,91 @@ def test_resuming_takes_every_argument_from_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--seed", "5"), ("--agent", "mail/ed-tr-bc"), ("--config.width", "16")],
+    [
+        ("--seed", "5"),
+        ("--agent", "mail/ed-tr-bc"),
+        ("--config.width", "16"),
+        ("--eval-episodes", "0"),
+        ("--eval-seed", "1"),
+        ("--target-returns", "3600"),
+    ],
 )
-def test_resuming_cannot_change_what_decides_the_weights(tmp_path, flags):
+def test_resuming_cannot_change_what_decides_the_weights_and_scores(tmp_path, flags):
     start(tmp_path)
     with pytest.raises(InvalidInputError, match=r"was started with .*Drop the flag"):
         parse_arguments(Args, ["--resume", str(tmp_path), *flags])
     same = ("--seed", "0", "--config.history", "2")
     assert parse_arguments(Args, ["--resume", str(tmp_path), *same]).seed == 0
+
+
+def test_what_differs_is_named_field_by_field(tmp_path):
+    start(tmp_path, seed=4)
+    flags = ("--config.history", "3", "--config.optim.lr", "0.1", "--seed", "5")
+    with pytest.raises(InvalidInputError) as caught:
+        parse_arguments(Args, ["--resume", str(tmp_path), *flags])
+    changes = "config.history=2, not 3; config.optim.lr=0.0005, not 0.1; seed=4, not 5. A resumed"
+    assert f"started with {changes}" in str(caught.value)
+    assert "MailConfig" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class OtherArgs(Args):
+    """Another script."""
+
+    epochs: int = 3
+    """A length of its own."""
+
+
+def test_a_run_of_another_script_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["scripts/train_mail.py"])
+    Run(tmp_path, OtherArgs(config=MailConfig()), None).close()
+    with pytest.raises(CorruptFileError, match="missing or unreadable"):
+        load_arguments(Args, tmp_path)  # under the same name: the file does not fit
+    monkeypatch.setattr("sys.argv", ["scripts/train.py"])
+    with pytest.raises(
+        InvalidInputError, match=r"with train_mail\.py.*scripts/train_mail\.py --re"
+    ):
+        load_arguments(Args, tmp_path)
+    # The name alone forbids nothing: a copy of the script goes on.
+    monkeypatch.setattr("sys.argv", ["mine/train_copy.py"])
+    assert load_arguments(OtherArgs, tmp_path).epochs == 3
+
+
+# ---- the end of a script ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidInputError("no such thing"), "error: no such thing"),
+        (gymnasium.error.NameNotFound("no such world"), "error: no such world"),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_scripts_end_with_a_sentence(error, code, monkeypatch, capsys):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["scripts/train.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, RunsArgs)
+    assert caught.value.code == code
+    if code == 130:
+        assert capsys.readouterr().err == "Interrupted before anything was written.\n"
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def main(args):
+        Run(args.run_dir, args, None).close()
+        raise KeyboardInterrupt
+
+    run = tmp_path / "my run"
+    monkeypatch.setattr("sys.argv", ["scripts/train.py", "--output", str(run)])
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, RunsArgs)
+    assert caught.value.code == 130
+    expected = f"Interrupted. Continue with: python scripts/train.py --resume '{run}'\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(
@@ -120,7 +219,7 @@ def test_metrics_are_appended_and_read_back(tmp_path):
     assert read_metrics(tmp_path / "new" / "run")[1] == {"step": 2, "loss": 1.0, "lr": 0.1}
     stored = json.loads((tmp_path / "new" / "run" / "arguments.json").read_text())
     assert stored["arguments"]["names"] == ["a"]
-    assert set(stored) == {"arguments", "versions", "command"}
+    assert set(stored) == {"script", "arguments", "versions", "command"}
     assert list((tmp_path / "new" / "run" / "tensorboard").glob("events*"))
     assert read_metrics(tmp_path) == []
 

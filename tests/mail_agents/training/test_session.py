@@ -5,21 +5,27 @@ import json
 import numpy as np
 import pytest
 import torch
-from toybox.world import demonstrations
+from toybox.sequence import SequenceAgent, SequenceConfig
+from toybox.world import ENV_ID, demonstrations
 
 import mail_agents
 from mail_agents.data.dataset import MemoryDataset
 from mail_agents.data.windows import BatchSampler
-from mail_agents.errors import InvalidInputError
+from mail_agents.errors import FeatureMismatchError, InvalidInputError
 from mail_agents.report.results import load_results, save_results
 from mail_agents.report.scores import Reference
 from mail_agents.report.summary import score_lines
 from mail_agents.suite import evaluation_directory
+from mail_agents.training.runs import RunArguments
 from mail_agents.training.session import (
+    aims,
+    evaluator,
     open_agent,
     start_training,
     summarise_run,
+    task_warning,
     trainable_parameters,
+    training_notes,
     validation_loss,
 )
 
@@ -106,6 +112,98 @@ def test_resuming_on_other_data(tmp_path):
     resumed = BatchSampler(8, 4, 0)
     assert start_training(agent, state, resumed, 10) == (0, 2.5)
     assert resumed.state_dict() == sampler.state_dict()
+
+
+# ---- what is tried before training -----------------------------------------------------------
+
+
+def arrange(agent, spec=None, targets=(), **arguments):
+    """The evaluations of a run in one world."""
+    specs = {} if spec is None else {"point": spec}
+    data = MemoryDataset(demonstrations(2), features=DATASET.features, env_specs=specs)
+    arguments = RunArguments(agent=agent.agent_id, config=agent.config, **arguments)
+    return evaluator(arguments, agent, data, print, targets)
+
+
+def test_a_world_that_cannot_be_played_stops_a_run_before_training():
+    agent = fitted()
+    with pytest.raises(InvalidInputError, match=r"of task 'point' cannot be made.*colour"):
+        arrange(agent, {"id": ENV_ID, "kwargs": {"colour": "red"}})
+    with pytest.raises(FeatureMismatchError, match="environment of task 'point'"):
+        arrange(agent, {"id": ENV_ID, "kwargs": {"size": 3}})
+    arrange(agent, {"id": ENV_ID, "kwargs": {"colour": "red"}}, eval_episodes=0)
+    arrange(agent, {"id": ENV_ID, "kwargs": {}})
+
+
+def test_episodes_longer_than_an_agent_can_act_for(monkeypatch):
+    agent, asked = fitted(), []
+
+    def refuse(steps):
+        asked.append(steps)
+        raise InvalidInputError("Too long.")
+
+    monkeypatch.setattr(agent, "check_episode_length", refuse)
+    for spec in ({"id": ENV_ID}, {"id": ENV_ID, "max_episode_steps": 30}):
+        with pytest.raises(InvalidInputError, match=r"task 'point' may have .*Too long"):
+            arrange(agent, spec)
+    assert asked == [12, 30]  # the world's own limit, and the dataset's in its place
+
+
+@pytest.mark.parametrize("scores", [{"min": 1.0, "max": 1.0}, {"min": 0.0, "max": float("nan")}])
+def test_references_that_could_not_be_used_afterwards(scores):
+    agent = fitted()
+    agent.provenance["dataset"]["reference_scores"] = {"point": scores}
+    with pytest.raises(InvalidInputError, match="reference scores of task 'point'"):
+        arrange(agent, eval_episodes=0)
+
+
+def test_an_agent_remembers_the_targets_that_it_is_scored_under():
+    agent = SequenceAgent(SequenceConfig(action_norm="min_max"), DATASET.features, device="cpu")
+    agent.fit_statistics(DATASET)
+    arrange(agent, eval_episodes=0)
+    assert "target_returns" not in agent.provenance
+    arrange(agent, targets=(3600, 1800), eval_episodes=0)
+    assert agent.provenance["target_returns"] == [3600.0, 1800.0]
+    assert aims(agent, (3600, 0.5)) == ", targets 3600, 0.5"
+    assert aims(agent) == ", target 0 (the agent's choice)"
+    assert aims(fitted()) == ""
+
+
+# ---- notes -----------------------------------------------------------------------------------
+
+
+def with_tasks(agent, *tasks):
+    agent.tasks = tasks
+    return agent
+
+
+def test_an_agent_that_must_guess_its_task():
+    assert task_warning(with_tasks(fitted(), "a")) is None
+    assert "add --config.language hash unless" in task_warning(with_tasks(fitted(), "a", "b"))
+    # Only where there is such a flag.
+    agent = mail_agents.make("mean-action", DATASET.features, device="cpu")
+    note = task_warning(with_tasks(agent, "a", "b"))
+    assert "not told which of the 2 tasks" in note
+    assert "language" not in note
+
+
+def test_a_run_too_short_for_its_own_schedule_says_so(tmp_path):
+    assert training_notes(fitted(), 1) == []
+    agent = fitted(optim={"warmup_steps": 10})
+    (note,) = training_notes(agent, 10)
+    assert "All 10 updates are warm-up: the learning rate rises for 10 updates" in note
+    assert training_notes(agent, 11) == []
+    assert summarise_run(agent, tmp_path, ["point"], 10, 1.0, seed=0).notes == [note]
+
+    small = {"d_model": 8, "layers": 1, "history": 2, "action_norm": "min_max"}
+    small["optim"] = {"warmup_steps": 0}
+    evolving = {"enabled": True, "steps_per_stage": 5}
+    agent = mail_agents.make("dt", DATASET.features, **small, self_evolution=evolving)
+    (note,) = training_notes(agent, 5)
+    assert "Self-evolution never starts: its first stage takes 5 updates" in note
+    assert training_notes(agent, 6) == []
+    agent = mail_agents.make("dt", DATASET.features, **small)
+    assert training_notes(agent, 5) == []
 
 
 # ---- summing up ------------------------------------------------------------------------------
