@@ -27,9 +27,11 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to Adam's denominator."""
     weight_decay: float = 0.0
-    """Weight decay; biases, norms and state-space parameters are exempt."""
-    decay_all: bool = False
-    """Decay every parameter, as several released codes do; for comparison with them."""
+    """Weight decay of the parameters that ``decayed`` names."""
+    decayed: Literal["matrices", "all", "all_but_biases_and_layernorms"] = "matrices"
+    """What decays. 'matrices': matrices and convolution kernels, but no embeddings and state-space
+    parameters. The others are those of released codes, for comparison with them; RMSNorms,
+    embeddings and state-space parameters decay under both."""
     grad_clip: float | None = None
     """Largest gradient norm, or None for no clipping."""
     warmup_steps: int = 0
@@ -112,7 +114,7 @@ class AgentConfig:
             UnknownNameError: A key is not a field.
             InvalidInputError: A value has the wrong type or is out of range.
         """
-        return _build(cls, data)
+        return _build(cls, _renamed(data))
 
     def replace(self, overrides: Mapping[str, Any]) -> Self:
         """Returns a copy with changed fields.
@@ -138,6 +140,16 @@ def _build(cls: type[C], data: Mapping[str, Any]) -> C:
         return dacite.from_dict(cls, data, config)
     except dacite.DaciteError as error:
         raise InvalidInputError(f"{cls.__name__}: {error}.") from error
+
+
+def _renamed(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Reads what files of earlier versions hold: ``optim.decay_all`` became ``optim.decayed``."""
+    optim = data.get("optim")
+    if not isinstance(optim, Mapping) or "decay_all" not in optim:
+        return data
+    decayed = "all" if optim["decay_all"] else "matrices"
+    kept = {key: value for key, value in optim.items() if key != "decay_all"}
+    return {**data, "optim": {"decayed": decayed, **kept}}
 
 
 def _check_keys(cls: type, data: Mapping[str, Any], path: str = "") -> None:

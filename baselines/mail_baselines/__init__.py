@@ -10,8 +10,8 @@ _REFERENCES = {
     "mean-action": "The mean action of the demonstrations",
 }
 
-#: Padding in front of a window, and weight decay of everything, as released codes have it.
-_RELEASED = {"padding": "left_legacy", "optim": {"decay_all": True}}
+#: Padding in front of a window, and weight decay of everything, as kzl's and Ota's codes have it.
+_RELEASED = {"padding": "left_legacy", "optim": {"decayed": "all"}}
 _DM = {
     "embedding": "mlp",
     "time_embedding": "post_norm",
@@ -39,7 +39,7 @@ _SEQUENCE: dict[str, tuple[str, dict[str, tuple[Mapping[str, Any], tuple[str, ..
                     "init": "normal",
                     "loss_average": "all",
                     "max_timestep": 1020,
-                    "optim": {"decay_all": True},
+                    "optim": {"decayed": "all"},
                 },
                 (),
             ),
@@ -50,7 +50,7 @@ _SEQUENCE: dict[str, tuple[str, dict[str, tuple[Mapping[str, Any], tuple[str, ..
         {
             "decision-mamba": ({"optim": _OTA_OPTIM}, ()),
             "decision-mamba-released": (
-                _RELEASED | {"released_init": True, "optim": _OTA_OPTIM | {"decay_all": True}},
+                _RELEASED | {"released_init": True, "optim": _OTA_OPTIM | {"decayed": "all"}},
                 ("released",),
             ),
         },
@@ -69,7 +69,7 @@ _SEQUENCE: dict[str, tuple[str, dict[str, tuple[Mapping[str, Any], tuple[str, ..
                     "squash": False,
                     # Switched off in the released code by a constant.
                     "self_evolution": {"enabled": False},
-                    "optim": _DM_OPTIM | {"decay_all": True},
+                    "optim": _DM_OPTIM | {"decayed": "all_but_biases_and_layernorms"},
                 },
                 ("released",),
             ),
@@ -92,12 +92,20 @@ _BC: dict[str, tuple[str, dict[str, Any]]] = {
                 "name": "adamw",
                 "lr": 1e-4,
                 "weight_decay": 1e-4,
-                "decay_all": True,
+                "decayed": "all",
                 "warmup_steps": 10_000,
                 "batch_size": 64,
             },
         },
     ),
+}
+
+
+#: Non-linearity and units of Stable-Baselines3's actors.
+_SB3 = {
+    "sac": {"activation": "relu", "action_norm": "bounds"},
+    "ppo": {"activation": "tanh", "action_norm": "identity"},
+    "td3": {"activation": "relu", "action_norm": "bounds"},
 }
 
 
@@ -130,11 +138,11 @@ def register_agents() -> None:
             paper=paper,
             kwargs=kwargs,
         )
-    for algorithm in ("sac", "ppo", "td3"):
+    for algorithm, kwargs in _SB3.items():
         register(
             f"sb3/{algorithm}",
             entry_point="mail_baselines.sb3:SB3Agent",
             config_entry_point="mail_baselines.sb3:SB3Config",
             tags=("baseline", "expert"),
-            kwargs={"algorithm": algorithm, "activation": "tanh" if algorithm == "ppo" else "relu"},
+            kwargs={"algorithm": algorithm, **kwargs},
         )

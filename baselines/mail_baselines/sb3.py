@@ -29,6 +29,8 @@ Activation = Literal["relu", "tanh"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 #: Activation of ``MlpPolicy`` where the user names none.
 _DEFAULT_ACTIVATION: dict[Algorithm, Activation] = {"sac": "relu", "td3": "relu", "ppo": "tanh"}
+#: Units that each algorithm's actor acts in: [-1, 1], or those of the environment.
+_UNITS: dict[Algorithm, str] = {"sac": "bounds", "td3": "bounds", "ppo": "identity"}
 # Bounds that Stable-Baselines3 puts on SAC's log standard deviation.
 _LOG_STD = (-20.0, 2.0)
 # Where tanh is inverted, actions are kept this far inside (-1, 1).
@@ -48,8 +50,21 @@ class SB3Config(AgentConfig):
     """Non-linearity after each hidden layer."""
     state_norm: Literal["mean_std", "min_max", "quantile", "identity"] = "identity"
     """Normalisation of state observations; Stable-Baselines3 actors see raw ones."""
+    action_norm: Literal["mean_std", "min_max", "quantile", "identity", "bounds"] = "bounds"
+    """Given by the algorithm: 'bounds' for SAC and TD3, whose actors act in [-1, 1], 'identity' for
+    PPO, whose actor acts in environment units."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4))
     """Optimiser settings, for behavioural cloning."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        units = _UNITS[self.algorithm]
+        if self.action_norm != units:
+            raise InvalidInputError(
+                f"The actor of {self.algorithm!r} has units of its own: action_norm={units!r}, got "
+                f"{self.action_norm!r}. Leave action_norm out with the agent "
+                f"'sb3/{self.algorithm}'."
+            )
 
 
 class ActorPolicy(Policy):
@@ -123,10 +138,6 @@ class SB3Agent(Agent):
 
     config: SB3Config
 
-    def __init__(self, config: SB3Config, features: FeatureSpec, **kwargs: Any) -> None:
-        units = "identity" if config.algorithm == "ppo" else "bounds"
-        super().__init__(config.replace({"action_norm": units}), features, **kwargs)
-
     def check_features(self, features: FeatureSpec) -> None:
         """Refuses images and other observations that are not vectors of numbers."""
         super().check_features(features)
@@ -154,11 +165,18 @@ def from_model(model: Any, features: FeatureSpec) -> SB3Agent:
         features: Features of its environment, from :meth:`FeatureSpec.from_spaces`.
 
     Raises:
-        InvalidInputError: The model has another algorithm or a policy that is not an MLP.
+        UnknownNameError: The model has another algorithm.
+        InvalidInputError: The policy is not an MLP, or the model was trained on observations that
+            ``VecNormalize`` scaled. A model that was loaded without its environment does not know.
     """
-    algorithm = type(model).__name__.lower()
-    if algorithm not in get_args(Algorithm):
-        raise unknown_name("Stable-Baselines3 algorithm", algorithm, get_args(Algorithm))
+    algorithm = _known(type(model).__name__.lower())
+    scaled = model.get_vec_normalize_env()
+    if scaled is not None and scaled.norm_obs:
+        raise InvalidInputError(
+            "This model was trained under VecNormalize: its actor sees observations scaled by "
+            "statistics that are no part of its weights, and would be given raw ones. Train it "
+            "with VecNormalize(env, norm_obs=False), which may still scale rewards, or without."
+        )
     names = {kind: name for name, kind in _ACTIVATIONS.items()}
     activation = names.get(model.policy.activation_fn)
     if activation is None:
@@ -166,7 +184,7 @@ def from_model(model: Any, features: FeatureSpec) -> SB3Agent:
             f"The actor uses {model.policy.activation_fn.__name__}; supported are ReLU and Tanh."
         )
     weights = model.policy.state_dict()
-    return _from_weights(weights, cast(Algorithm, algorithm), activation, features)
+    return _from_weights(weights, algorithm, activation, features)
 
 
 def from_zip(
@@ -177,6 +195,10 @@ def from_zip(
 ) -> SB3Agent:
     """Reads the actor of a file that ``model.save`` wrote, without unpickling anything.
 
+    The file does not say whether the model was trained under ``VecNormalize``. If it was, with
+    ``norm_obs=True``, the actor expects scaled observations and plays badly on the raw ones it
+    gets here: such models cannot be used.
+
     Args:
         path: The ``.zip`` file.
         algorithm: Which algorithm trained it; the file names it only inside a pickle.
@@ -184,9 +206,11 @@ def from_zip(
         activation: Non-linearity of the hidden layers; None takes the algorithm's default.
 
     Raises:
+        UnknownNameError: The algorithm is not supported.
         CorruptFileError: The file is not one that Stable-Baselines3 wrote.
         InvalidInputError: The weights do not suit the algorithm or the features.
     """
+    algorithm = _known(algorithm)
     try:
         with zipfile.ZipFile(path) as archive:
             weights = torch.load(
@@ -199,6 +223,12 @@ def from_zip(
             "model.save(path)."
         ) from error
     return _from_weights(weights, algorithm, activation or _DEFAULT_ACTIVATION[algorithm], features)
+
+
+def _known(algorithm: str) -> Algorithm:
+    if algorithm not in get_args(Algorithm):
+        raise unknown_name("Stable-Baselines3 algorithm", algorithm, get_args(Algorithm))
+    return cast(Algorithm, algorithm)
 
 
 # Where each algorithm keeps its hidden layers, its mean and its spread.

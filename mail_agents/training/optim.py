@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules from an :class:`~mail_agents.config.OptimConfig`."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,26 +14,56 @@ _NO_DECAY_NAMES = frozenset({"A_log", "D", "dt_bias"})
 _NO_DECAY_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+def _decays_all(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Everything, as in the releases of Decision Transformer and plain Decision Mamba."""
+    return True
+
+
+def _decays_but_biases_and_layernorms(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """As in github.com/aopolin-lv/DecisionMamba, where an RMSNorm is no LayerNorm."""
+    return "bias" not in name and not isinstance(owner, nn.LayerNorm)
+
+
+def _decays_matrices(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels, unless zero is no neutral value for them."""
+    return not (
+        parameter.ndim < 2
+        or name in _NO_DECAY_NAMES
+        or isinstance(owner, _NO_DECAY_MODULES)
+        or getattr(parameter, "_no_weight_decay", False)
+    )
+
+
+_SCHEMES: dict[str, Callable[[nn.Module, str, nn.Parameter], bool]] = {
+    "matrices": _decays_matrices,
+    "all": _decays_all,
+    "all_but_biases_and_layernorms": _decays_but_biases_and_layernorms,
+}
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, decayed: str = "matrices"
+) -> list[dict]:
     """Splits trainable parameters into those with and without weight decay.
 
-    Matrices and convolution kernels decay. Biases, gains and every other vector, embeddings, and
-    the state-space parameters ``A_log``, ``D`` and ``dt_bias`` do not: zero is no neutral value
-    for them.
+    Args:
+        module: The parameters' owner.
+        weight_decay: Of those that decay.
+        decayed: Which ones do, see :class:`~mail_agents.config.OptimConfig`. Under ``"matrices"``
+            biases, gains and every other vector, embeddings, and the state-space parameters
+            ``A_log``, ``D`` and ``dt_bias`` do not: zero is no neutral value for them.
+
+    Returns:
+        Groups for an optimiser: the parameters that decay, then the others; none is empty.
     """
+    decays = _SCHEMES[decayed]
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            exempt = (
-                parameter.ndim < 2
-                or name in _NO_DECAY_NAMES
-                or isinstance(owner, _NO_DECAY_MODULES)
-                or getattr(parameter, "_no_weight_decay", False)
-            )
-            (keep if exempt else decay).append(parameter)
+            (decay if decays(owner, name, parameter) else keep).append(parameter)
     # A parameter that two modules share must appear once.
     decay, keep = list(dict.fromkeys(decay)), list(dict.fromkeys(keep))
     groups = [
@@ -48,11 +79,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     Raises:
         InvalidInputError: The module has no trainable parameters.
     """
-    if config.decay_all:
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        groups = [{"params": trainable, "weight_decay": config.weight_decay}] if trainable else []
-    else:
-        groups = parameter_groups(module, config.weight_decay)
+    groups = parameter_groups(module, config.weight_decay, config.decayed)
     if not groups:
         raise InvalidInputError(
             "There is nothing to optimise: the module has no trainable parameters."

@@ -33,6 +33,15 @@ def test_partial_dictionaries_take_defaults():
     assert Config.from_dict({"history": 2}) == Config(history=2)
 
 
+@pytest.mark.parametrize(("before", "now"), [(True, "all"), (False, "matrices")])
+def test_configs_of_earlier_versions_are_read(before, now):
+    old = Config().to_dict()
+    del old["optim"]["decayed"]
+    old["optim"]["decay_all"] = before
+    assert Config.from_dict(old) == Config().replace({"optim.decayed": now})
+    assert "decay_all" in old["optim"]  # what was given stays as it was
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().history = 2  # type: ignore[misc]

@@ -9,6 +9,7 @@ import torch
 import mail_agents
 from mail_agents.errors import CorruptFileError, InvalidInputError, UnknownNameError
 from mail_agents.features import Feature, FeatureSpec
+from mail_agents.rollout import evaluate
 from mail_baselines.sb3 import SB3Agent, from_model, from_zip
 
 stable_baselines3 = pytest.importorskip("stable_baselines3")
@@ -71,10 +72,52 @@ def test_an_unusual_activation_is_named(env, features):
         from_model(make_model("sac", env, activation_fn=torch.nn.GELU), features)
 
 
-def test_another_algorithm_is_refused(env, features):
+def test_another_algorithm_is_refused(env, features, tmp_path):
     model = stable_baselines3.A2C("MlpPolicy", env, device="cpu")
     with pytest.raises(UnknownNameError, match="a2c"):
         from_model(model, features)
+    model.save(tmp_path / "model.zip")
+    with pytest.raises(UnknownNameError, match=r"'a2c'.*sac.*ppo.*td3"):
+        from_zip(tmp_path / "model.zip", "a2c", features)
+
+
+def test_a_model_that_saw_scaled_observations_is_refused(features):
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    def trained(**kwargs):
+        return make_model("ppo", VecNormalize(DummyVecEnv([make_env]), **kwargs))
+
+    def make_env():
+        return gymnasium.make("Pendulum-v1")
+
+    with pytest.raises(InvalidInputError, match=r"VecNormalize.*norm_obs=False"):
+        from_model(trained(), features)
+    assert from_model(trained(norm_obs=False), features).agent_id == "sb3/ppo"
+
+
+@pytest.mark.parametrize(("algorithm", "units"), [("sac", "bounds"), ("ppo", "identity")])
+def test_units_of_actions_come_with_the_algorithm(algorithm, units, features):
+    agent_id = f"sb3/{algorithm}"
+    agent = mail_agents.make(agent_id, features, device="cpu")
+    assert agent.config.action_norm == units == mail_agents.spec(agent_id).config().action_norm
+    for other in {"bounds", "identity", "mean_std"} - {units}:
+        with pytest.raises(InvalidInputError, match=f"action_norm='{units}', got '{other}'"):
+            mail_agents.make(agent_id, features, device="cpu", action_norm=other)
+
+
+def test_episodes_are_the_same_beside_any_number_of_others(env, features):
+    agent = from_model(make_model("sac", env), features)
+    runs = [
+        [
+            episode.episode_return
+            for episode in evaluate(
+                agent, "Pendulum-v1", 9, n_envs=n, seed=4, deterministic=False, max_steps=12
+            ).episodes
+        ]
+        for n in (1, 3, 8)
+    ]
+    assert runs[0] == runs[1] == runs[2]
+    assert len(set(runs[0])) == 9
 
 
 def test_weights_of_another_task_are_refused(env, features, tmp_path):

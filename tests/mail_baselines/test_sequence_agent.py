@@ -306,6 +306,8 @@ def build_once(dataset):
         ("decision-mamba", {}),
         ("dm", {}),
         ("dm", {"acting": "stream"}),
+        ("dm-figure", {}),
+        ("dm-released", {}),
         ("bc", {}),
         ("bc-kzl", {"history": 4}),
     ],

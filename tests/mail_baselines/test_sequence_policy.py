@@ -381,9 +381,29 @@ def test_presets_follow_the_published_recipes():
         config = mail_agents.spec(agent_id).config()
         released = agent_id.endswith("-released")
         assert config.padding == ("left_legacy" if released else "right")
-        assert config.optim.decay_all == (released or agent_id == "dt-corl")
+        decayed = "all" if released or agent_id == "dt-corl" else "matrices"
+        if agent_id == "dm-released":
+            decayed = "all_but_biases_and_layernorms"
+        assert config.optim.decayed == decayed
         assert config.self_evolution.enabled == (agent_id in ("dm", "dm-figure"))
         assert config.history == 20
+
+
+def test_what_decays_in_the_released_multi_grained_network(make):
+    agent = make("dm-released")
+    agent.configure_optim()
+    decayed, kept = agent.optimizer.param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (1e-5, 0.0)
+    spared = {id(parameter) for parameter in kept["params"]}
+    found = {name for name, parameter in agent.policy.named_parameters() if id(parameter) in spared}
+    layer_norms = {"embed_norm.weight", *(f"trunk.layers.{i}.ln_norm.weight" for i in range(2))}
+    biases = {name for name, _ in agent.policy.named_parameters() if name.endswith("bias")}
+    assert found == layer_norms | biases
+    every = {name for name, _ in agent.policy.named_parameters()}
+    assert {"trunk.norm_f.weight", "trunk.layers.0.norm.weight", "embed_timestep.weight"} < (
+        every - found
+    )
+    assert any(name.endswith("A_log") for name in every - found)
 
 
 def test_images_are_refused_by_name():

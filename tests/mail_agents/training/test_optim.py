@@ -54,13 +54,27 @@ def test_adam_and_adamw_with_the_published_defaults():
 
 def test_released_recipes_decay_everything():
     model = Model()
-    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1, decay_all=True, eps=1e-6))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1, decayed="all", eps=1e-6))
     (group,) = optimizer.param_groups
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert names(model, group["params"]) == trained
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names(model, group["params"]) == set(trained)
+    assert len(group["params"]) == len(trained)
     assert (group["weight_decay"], group["eps"]) == (0.1, 1e-6)
     with pytest.raises(InvalidInputError, match="nothing to optimise"):
-        build_optimizer(nn.Identity(), OptimConfig(decay_all=True))
+        build_optimizer(nn.Identity(), OptimConfig(decayed="all"))
+
+
+def test_a_release_spares_biases_and_layer_norms_only():
+    model = nn.ModuleDict({"all": Model(), "rms": nn.RMSNorm(2)})
+    decayed, kept = parameter_groups(model, 0.1, "all_but_biases_and_layernorms")
+    assert names(model, decayed["params"]) == {
+        "all.linear.weight", "all.conv.weight", "all.table.weight", "all.A_log", "all.D",
+        "rms.weight",
+    }  # fmt: skip
+    assert names(model, kept["params"]) == {
+        "all.linear.bias", "all.conv.bias", "all.norm.weight", "all.norm.bias",
+    }  # fmt: skip
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
 
 
 def rates(config, total, steps):
