@@ -24,14 +24,15 @@ _DM = {
 _DM_OPTIM = {"warmup_steps": 2500, "weight_decay": 1e-5, "eps": 1e-6}
 _OTA_OPTIM = {"lr": 1e-3}
 
-#: Paper, config class and presets (config overrides and further tags) of each sequence model.
+#: Config class, paper and presets (config overrides and further tags) of each sequence model. A tag
+#: ``d4rl-<source>`` says whose settings ``mail_baselines.d4rl_settings`` takes on D4RL's data.
 _SEQUENCE: dict[str, tuple[str, dict[str, tuple[Mapping[str, Any], tuple[str, ...]]]]] = {
     "DTConfig": (
         "arXiv:2106.01345",
         {
-            "dt": ({}, ()),
+            "dt": ({}, ("d4rl-kzl",)),
             # gym/experiment.py of github.com/kzl/decision-transformer.
-            "dt-released": (_RELEASED, ("released",)),
+            "dt-released": (_RELEASED, ("released", "d4rl-kzl")),
             # algorithms/offline/dt.py of github.com/corl-team/CORL.
             "dt-corl": (
                 {
@@ -41,26 +42,26 @@ _SEQUENCE: dict[str, tuple[str, dict[str, tuple[Mapping[str, Any], tuple[str, ..
                     "max_timestep": 1020,
                     "optim": {"decayed": "all"},
                 },
-                (),
+                ("d4rl-corl",),
             ),
         },
     ),
     "DecisionMambaConfig": (
         "arXiv:2403.19925",
         {
-            "decision-mamba": ({"optim": _OTA_OPTIM}, ()),
+            "decision-mamba": ({"optim": _OTA_OPTIM}, ("d4rl-ota",)),
             "decision-mamba-released": (
                 _RELEASED | {"released_init": True, "optim": _OTA_OPTIM | {"decayed": "all"}},
-                ("released",),
+                ("released", "d4rl-ota"),
             ),
         },
     ),
     "MultiGrainedConfig": (
         "arXiv:2406.05427",
         {
-            "dm": (_DM, ()),
-            "dm-figure": (_DM | {"variant": "figure"}, ()),
-            "dm-paper": (_DM | {"d_model": 768, "layers": 24, "optim": _DM_OPTIM}, ()),
+            "dm": (_DM, ("d4rl-dm",)),
+            "dm-figure": (_DM | {"variant": "figure"}, ("d4rl-dm",)),
+            "dm-paper": (_DM | {"d_model": 768, "layers": 24, "optim": _DM_OPTIM}, ("d4rl-dm",)),
             "dm-released": (
                 _DM
                 | {
@@ -71,7 +72,7 @@ _SEQUENCE: dict[str, tuple[str, dict[str, tuple[Mapping[str, Any], tuple[str, ..
                     "self_evolution": {"enabled": False},
                     "optim": _DM_OPTIM | {"decayed": "all_but_biases_and_layernorms"},
                 },
-                ("released",),
+                ("released", "d4rl-dm"),
             ),
         },
     ),

@@ -42,16 +42,16 @@ class D4RLSetting:
     max_timestep: int = 1000
     decision_mamba: Mapping[str, Any] = field(default_factory=dict)
 
-    def overrides(self, agent_id: str) -> dict[str, Any]:
-        """Config overrides that set a sequence agent up for this dataset."""
+    def overrides(self, source: str) -> dict[str, Any]:
+        """Config overrides that set a sequence agent up for this dataset as a source does."""
         # CORL's table of times reaches one window past the episode.
-        past_end = self.history if agent_id == "dt-corl" else 0
+        past_end = self.history if source == "corl" else 0
         out: dict[str, Any] = {
             "history": self.history,
             "return_scale": self.return_scale,
             "max_timestep": self.max_timestep + past_end,
         }
-        return out | (dict(self.decision_mamba) if agent_id.startswith("decision-mamba") else {})
+        return out | (dict(self.decision_mamba) if source == "ota" else {})
 
 
 _CHEETAH_MIXED = (12000.0, 8000.0, 6000.0, 4500.0)
@@ -165,10 +165,20 @@ def setting_of(info: DatasetInfo) -> D4RLSetting | None:
         return None
 
 
+def source_of(agent_id: str) -> str | None:
+    """Whose settings a preset follows: the one in its tag ``d4rl-<source>``; None without a tag.
+
+    Raises:
+        UnknownNameError: No agent has this id.
+    """
+    tags = {f"d4rl-{source}": source for source in ("kzl", "corl", "dm", "ota")}
+    return next((tags[tag] for tag in spec(agent_id).tags if tag in tags), None)
+
+
 def adapt(
     config: C, agent_id: str, info: DatasetInfo, say: Callable[[str], None] | None = None
 ) -> C:
-    """Sets a config up for a dataset that D4RL published; fields that were changed stay.
+    """Sets a published agent up for a dataset that D4RL published; fields that were changed stay.
 
     Args:
         config: A preset's config, possibly changed by the user.
@@ -178,13 +188,13 @@ def adapt(
 
     Returns:
         The config with the published context, scale and table of times, and, for the plain
-        Decision Mamba, width and learning rate.
+        Decision Mamba, width and learning rate; unchanged where :func:`source_of` knows none.
     """
-    setting = setting_of(info)
-    if setting is None:
+    setting, source = setting_of(info), source_of(agent_id)
+    if setting is None or source is None:
         return config
     preset, chosen = _flat(spec(agent_id).config().to_dict()), _flat(config.to_dict())
-    kept = {k: v for k, v in setting.overrides(agent_id).items() if chosen[k] == preset[k]}
+    kept = {k: v for k, v in setting.overrides(source).items() if chosen[k] == preset[k]}
     changes = {k: v for k, v in kept.items() if v != chosen[k]}
     if changes and say is not None:
         fields = ", ".join(f"{name} {value}" for name, value in changes.items())
@@ -194,15 +204,10 @@ def adapt(
 
 def published_targets(agent_id: str, info: DatasetInfo) -> tuple[float, ...]:
     """The target returns under which a published agent was scored on a dataset; () if none."""
-    setting = setting_of(info)
-    family = next((prefix for prefix in _SOURCES if agent_id.startswith(prefix)), None)
-    if setting is None or family is None:
+    setting, source = setting_of(info), source_of(agent_id)
+    if setting is None or source is None:
         return ()
-    return setting.targets.get(_SOURCES[family], ())
-
-
-#: Whose targets an agent is scored under, by the beginning of its id (the longest first).
-_SOURCES = {"decision-mamba": "ota", "dt-corl": "corl", "dt": "kzl", "dm": "dm"}
+    return setting.targets.get(source, ())
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import mail_agents
+from mail_agents import registry
 from mail_agents.data.dataset import DatasetInfo, MemoryDataset
 from mail_agents.errors import UnknownNameError
 from mail_baselines.d4rl_settings import adapt, d4rl_setting, published_targets, setting_of
@@ -61,17 +62,15 @@ def test_scale_and_context(name, scale, history, steps):
     ],
 )
 def test_decision_mamba_has_sizes_by_dataset(name, width, rate):
-    config = mail_agents.spec("decision-mamba").config(
-        d4rl_setting(name).overrides("decision-mamba")
-    )
+    config = mail_agents.spec("decision-mamba").config(d4rl_setting(name).overrides("ota"))
     assert (config.d_model, config.optim.lr) == (width, rate)
-    other = mail_agents.spec("dt").config(d4rl_setting(name).overrides("dt"))
+    other = mail_agents.spec("dt").config(d4rl_setting(name).overrides("kzl"))
     assert (other.d_model, other.optim.lr, other.return_scale) == (128, 1e-4, 1000)
 
 
 def test_corl_counts_one_window_past_the_episode():
-    assert d4rl_setting("hopper").overrides("dt-corl")["max_timestep"] == 1020
-    assert d4rl_setting("hopper").overrides("dt")["max_timestep"] == 1000
+    assert d4rl_setting("hopper").overrides("corl")["max_timestep"] == 1020
+    assert d4rl_setting("hopper").overrides("kzl")["max_timestep"] == 1000
 
 
 def test_an_unknown_domain_is_refused_by_name():
@@ -128,6 +127,30 @@ def test_data_without_a_source_have_no_settings(dataset):
 )
 def test_an_agent_aims_for_the_targets_of_its_authors(agent_id, name, targets):
     assert published_targets(agent_id, published(name)) == targets
+
+
+@pytest.mark.parametrize(
+    ("agent_id", "tags", "targets"),
+    [
+        ("dtx", ("offline-rl", "sequence"), ()),
+        ("decision-mamba-mine", (), ()),
+        ("mine", ("d4rl-corl",), (3600.0, 1800.0)),
+    ],
+)
+def test_presets_of_others_have_settings_only_where_a_tag_says_whose(
+    agent_id, tags, targets, monkeypatch
+):
+    monkeypatch.setattr(registry, "_registry", registry.Registry())
+    ours, info = mail_agents.spec("dt"), published("hopper-medium-v2")
+    mail_agents.register(
+        agent_id,
+        entry_point=ours.entry_point,
+        config_entry_point=ours.config_entry_point,
+        tags=tags,
+    )
+    config = mail_agents.spec(agent_id).config()
+    assert published_targets(agent_id, info) == targets
+    assert (adapt(config, agent_id, info) != config) == bool(targets)
 
 
 def test_a_published_dataset_sets_a_preset_up():

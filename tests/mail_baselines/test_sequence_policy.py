@@ -103,6 +103,18 @@ def test_sizes_of_the_multi_grained_decision_mamba(width, layers, embedding, hop
         assert size("dm-paper", 17, 6) == cheetah
 
 
+def test_sizes_of_the_releases_with_tables_that_nothing_reads():
+    """Hugging Face's transformer has tables of words and positions, the Mamba one of words."""
+    words, positions = 1 * 128, 1024 * 128
+    whole = size("dt", 11, 3, state_weight=0.1, return_weight=0.1)
+    assert whole + words + positions == 858_767
+    released = {"d_model": 768, "layers": 24}
+    vocabulary = 50_280 * 768  # its head shares the table
+    hopper = size("dm-released", 11, 3, embedding="linear", squash=True, **released)
+    assert hopper + vocabulary == 262_953_999
+    assert size("dm-released", 17, 6, **released) + vocabulary == 265_330_200
+
+
 # ---- tokens ------------------------------------------------------------------------------------
 
 
