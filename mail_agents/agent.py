@@ -154,6 +154,10 @@ class Agent(Acting):
             InvalidInputError: The agent cannot act for so many steps.
         """
 
+    def caveats(self) -> list[str]:
+        """Sentences that a reader of this agent's results must know; reports show them."""
+        return []
+
     def on_update(self) -> None:
         """Called after every optimiser step, when :attr:`updates` has counted it."""
 

@@ -72,7 +72,8 @@ class Evaluation:
 
     Attributes:
         episodes: Results in index order.
-        protocol: What was run: environment, seeds, limits, chunk control.
+        protocol: What was run: environment, its simulator where ``metadata["simulator"]`` names it,
+            seeds, limits, chunk control.
         frames: Recorded RGB frames by episode index.
         fps: Frame rate of the recordings.
     """
@@ -343,7 +344,7 @@ def evaluate(
         )
         results = evaluator.run(indices)
         fps = _render_fps(first) / evaluator.frame_stride
-        spec = first.spec
+        spec, simulator = first.spec, first.metadata.get("simulator")
     finally:
         agent.plan_rows = plan_rows
         for environment in environments:
@@ -351,6 +352,7 @@ def evaluate(
     protocol = {
         "agent": agent.agent_id,
         "env": spec.id if spec is not None else getattr(env, "__name__", str(env)),
+        "simulator": simulator,
         "env_kwargs": dict(env_kwargs or {}),
         "max_steps": max_steps if max_steps or spec is None else spec.max_episode_steps,
         "task": task,

@@ -261,6 +261,31 @@ def completed_evaluations(run: str | Path, tasks: Sequence[str]) -> dict[int, li
     return found
 
 
+def played_world(protocol: Mapping[str, Any]) -> str:
+    """Names the environment of an evaluation by its protocol, with the simulator where it is known.
+
+    Returns:
+        For example ``"d4rl/hopper (Gymnasium's Hopper-v4, MuJoCo 3.3.0 instead of 2)"``.
+    """
+    simulator = protocol.get("simulator")
+    return f"{protocol['env']} ({simulator})" if simulator else str(protocol["env"])
+
+
+def played_worlds(directory: str | Path, tasks: Sequence[str]) -> dict[str, str]:
+    """Reads :func:`played_world` of every task of an evaluation that says it.
+
+    Args:
+        directory: Of one evaluation, for example :func:`evaluation_directory`.
+        tasks: Names of the tasks.
+    """
+    files = {task: task_directory(directory, task) / "summary.json" for task in tasks}
+    return {
+        task: played_world(json.loads(file.read_text("utf-8"))["protocol"])
+        for task, file in files.items()
+        if file.exists()
+    }
+
+
 def completed_targets(directory: str | Path, tasks: Sequence[str]) -> dict[str, list[TaskResult]]:
     """Reads the results of target returns after the first, by target (``"3600"``).
 

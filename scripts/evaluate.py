@@ -32,6 +32,7 @@ from mail_agents.suite import (
     World,
     completed_targets,
     evaluate_worlds,
+    played_world,
     recorded_videos,
     worlds_of,
 )
@@ -153,6 +154,8 @@ def summarise(args: Args, agent: Agent, evaluations: dict[str, Evaluation]) -> R
         references={t: r for t, r in from_dataset(scores).items() if t in evaluations},
         target_return=episodes[0].target_return,
         targets=completed_targets(args.output, list(evaluations)) if args.output else {},
+        worlds={task: played_world(each.protocol) for task, each in evaluations.items()},
+        notes=agent.caveats(),
     )
 
 

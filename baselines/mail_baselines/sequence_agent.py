@@ -101,6 +101,10 @@ class SequenceAgent(OfflineAgent):
                 "environments to act in (--config.max-timestep)."
             )
 
+    def caveats(self) -> list[str]:
+        """See :class:`~mail_agents.agent.Agent`; a trunk that looks ahead has one."""
+        return [*super().caveats(), *getattr(self.policy.trunk, "caveats", ())]
+
     # ---- acting -------------------------------------------------------------------------------
 
     @property

@@ -54,7 +54,7 @@ class AntMazeEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if render_mode not in (None, "rgb_array"):
             raise InvalidInputError(f"render_mode={render_mode!r} must be None or 'rgb_array'.")
         self._mujoco = import_mujoco("antmaze")
-        warn_physics(f"antmaze-{maze}", "Gymnasium's ant with D4RL's motors")
+        warn_physics(self, f"antmaze-{maze}", "Gymnasium's ant with D4RL's motors")
         self._model = self._mujoco.MjModel.from_xml_string(maze_xml(maze))
         self._data = self._mujoco.MjData(self._model)
         self._renderer = OffscreenRenderer(480)

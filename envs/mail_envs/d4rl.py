@@ -64,14 +64,16 @@ def import_robotics(module: str, world: str) -> ModuleType:
         return require(f"gymnasium_robotics.envs.{module}", "sim", purpose=f"d4rl/{world}")
 
 
-def warn_physics(world: str, body: str) -> None:
-    """Says which simulator stands in for D4RL's.
+def warn_physics(env: gymnasium.Env, world: str, body: str) -> None:
+    """Says which simulator stands in for D4RL's: in a warning, and to those who report results.
 
     Args:
+        env: Gets ``metadata["simulator"]``, which evaluations keep and reports show.
         world: Name of the world.
         body: What is simulated instead.
     """
     version = import_mujoco("D4RL's environments").__version__
+    env.metadata = {**env.metadata, "simulator": f"{body}, MuJoCo {version} instead of 2"}
     warnings.warn(
         f"d4rl/{world} is {body} on MuJoCo {version}; D4RL's data and reference scores were made "
         "with MuJoCo 2 through mujoco-py. Compare scores with others of this world; published "
@@ -164,7 +166,7 @@ class LocomotionEnv(D4RLEnv):
         if body not in _BODIES:
             raise unknown_name("body", body, _BODIES)
         module, name = _BODIES[body]
-        warn_physics(body, f"Gymnasium's {name.removesuffix('Env')}-v4")
+        warn_physics(self, body, f"Gymnasium's {name.removesuffix('Env')}-v4")
         bodies = require(f"gymnasium.envs.mujoco.{module}", "sim", purpose=f"d4rl/{body}")
         super().__init__(getattr(bodies, name)(render_mode=render_mode), WORLDS[body])
 
@@ -193,7 +195,7 @@ class AdroitEnv(D4RLEnv):
         if task not in _HANDS:
             raise unknown_name("hand task", task, _HANDS)
         module, name = _HANDS[task]
-        warn_physics(task, f"gymnasium-robotics' {name.removesuffix('Env')}-v1")
+        warn_physics(self, task, f"gymnasium-robotics' {name.removesuffix('Env')}-v1")
         hands = import_robotics(f"adroit_hand.{module}", task)
         super().__init__(getattr(hands, name)(render_mode=render_mode), WORLDS[task])
         self.task = task
@@ -225,7 +227,7 @@ class KitchenEnv(D4RLEnv):
     def __init__(self, kind: str, render_mode: str | None = None) -> None:
         if kind not in KITCHEN_TASKS:
             raise unknown_name("kitchen", kind, KITCHEN_TASKS)
-        warn_physics(f"kitchen-{kind}", "gymnasium-robotics' FrankaKitchen-v1")
+        warn_physics(self, f"kitchen-{kind}", "gymnasium-robotics' FrankaKitchen-v1")
         module = import_robotics("franka_kitchen.kitchen_env", f"kitchen-{kind}")
         inner = module.KitchenEnv(
             tasks_to_complete=list(KITCHEN_TASKS[kind]),

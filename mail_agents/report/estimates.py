@@ -6,7 +6,7 @@ import numpy as np
 
 from mail_agents.errors import InvalidInputError
 from mail_agents.report import stats
-from mail_agents.report.results import RunResult
+from mail_agents.report.results import RunResult, TaskResult
 from mail_agents.report.settings import Setting, averageable, overall_measure
 from mail_agents.report.stats import Estimate, PairedResult
 
@@ -30,8 +30,11 @@ def estimate(runs: Sequence[RunResult], setting: Setting, which: str = "last") -
         The estimate, or None when the agent was not evaluated there.
     """
     found = [task for run in runs if (task := setting.find(run, which)) is not None]
-    if not found:
-        return None
+    return _estimate(found, setting) if found else None
+
+
+def _estimate(found: Sequence[TaskResult], setting: Setting) -> Estimate:
+    """The score of one agent in one setting, from the results of its seeds."""
     if setting.measure == "success":
         return _rate(sum(task.successes for task in found), sum(task.n for task in found))
     if len(found) > 1:
@@ -163,16 +166,14 @@ def best_target(
         The best target and all scores, in the order of the targets; None for agents without
         targets and where the agent was not evaluated.
     """
-    found: dict[str, list[RunResult]] = {}
+    found: dict[str, list[TaskResult]] = {}
     for run in runs:
         # A single target may be the agent's own choice and differ between seeds.
         for target, tasks in run.by_target().items() if run.targets else ():
             here = [task for task in tasks if task.task == setting.task]
-            if run.dataset == setting.dataset and here:
-                stand_in = RunResult(run.agent, run.label, run.dataset, run.seed,
-                                     evaluations={"last": here})  # fmt: skip
-                found.setdefault(target, []).append(stand_in)
-    scores = {t: e for t, r in found.items() if (e := estimate(r, setting)) is not None}
+            if run.dataset == setting.dataset:
+                found.setdefault(target, []).extend(here)
+    scores = {target: _estimate(tasks, setting) for target, tasks in found.items() if tasks}
     if not scores:
         return None
     return max(scores, key=lambda target: scores[target].value), scores

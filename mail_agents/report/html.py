@@ -179,7 +179,7 @@ def _protocol(
         "checkpoint": ", ".join(dict.fromkeys(n for r in results for n in r.evaluations)),
         "episodes per task and run": _span([t.n for run in results for t in run.tasks()]),
         "initial states": f"{len(seeds)} environment seeds, {seeds[0]} to {seeds[-1]}",
-        **{f"references of {s.name}": str(s.reference) for s in settings if s.reference},
+        **{f"references of {s.name}": s.scale for s in settings if s.reference},
         **extra,
     }
     for label, runs in groups.items():

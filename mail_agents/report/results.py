@@ -17,7 +17,8 @@ from mail_agents.report.scores import Reference
 from mail_agents.storage import write_atomic
 
 _FORMAT = "mail-agents-results"
-#: 2 added references, target_return and targets, 3 added notes; older ones are read as having none.
+#: 2 added references, target_return and targets, 3 added worlds and notes; older files are read as
+#: having none.
 _FORMAT_VERSION = 3
 _READABLE = (1, 2, 3)
 _EPISODE_KEYS = ("index", "seed", "success", "episode_return", "length")
@@ -110,6 +111,7 @@ class RunResult:
         target_return: Return the agent aimed for in ``evaluations``, its own choice where none was
             given; None for an agent without targets.
         targets: The last evaluation under each further target, by target (``"1800"``).
+        worlds: Environment that was played, with its simulator where that is known, by task.
         notes: Sentences that a reader must know of this run, such as warnings it was given.
     """
 
@@ -128,6 +130,7 @@ class RunResult:
     references: dict[str, Reference] = field(default_factory=dict)
     target_return: float | None = None
     targets: dict[str, list[TaskResult]] = field(default_factory=dict)
+    worlds: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def tasks(self, which: str = "last") -> list[TaskResult]:

@@ -44,7 +44,27 @@ class Reference:
         return f"{self.minimum:g} to {self.maximum:g} ({self.source})"
 
 
-def normalised_score(returns: ArrayLike, reference: Reference | None) -> NDArray[np.float64]:
+def as_reference(entry: Reference | Mapping[str, Any]) -> Reference:
+    """Takes a reference as datasets store it: ``{"min": ..., "max": ...}``, with or without source.
+
+    Raises:
+        InvalidInputError: It has no usable minimum and maximum.
+    """
+    if isinstance(entry, Reference):
+        return entry
+    try:
+        source = str(entry.get("source", "dataset"))
+        minimum, maximum = float(entry["min"]), float(entry["max"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"Reference returns are {{'min': return, 'max': return}}; got {entry!r}."
+        ) from error
+    return Reference(minimum, maximum, source)
+
+
+def normalised_score(
+    returns: ArrayLike, reference: Reference | Mapping[str, Any] | None
+) -> NDArray[np.float64]:
     """``100 * (G - minimum) / (maximum - minimum)`` for undiscounted returns ``G``, never clipped.
 
     Scores below 0 and above 100 are legal: worse than the random and better than the expert
@@ -52,13 +72,14 @@ def normalised_score(returns: ArrayLike, reference: Reference | None) -> NDArray
 
     Args:
         returns: Undiscounted raw returns, any shape.
-        reference: From :func:`from_dataset`.
+        reference: From :func:`from_dataset`, or ``{"min": ..., "max": ...}`` as datasets and
+            ``mail_wrappers.datasets.d4rl_reference`` have it.
 
     Returns:
         Scores in percent, the shape of ``returns``.
 
     Raises:
-        InvalidInputError: There is no reference.
+        InvalidInputError: There is no reference, or it cannot be used.
 
     Source: Fu et al. (2020), "D4RL: datasets for deep data-driven reinforcement learning",
     section 6.
@@ -68,8 +89,9 @@ def normalised_score(returns: ArrayLike, reference: Reference | None) -> NDArray
             "A normalised score needs reference returns, and there are none: report the raw "
             "return, or record the dataset with reference_scores={task: {'min': ..., 'max': ...}}."
         )
-    span = reference.maximum - reference.minimum
-    return 100.0 * (np.asarray(returns, np.float64) - reference.minimum) / span
+    scale = as_reference(reference)
+    span = scale.maximum - scale.minimum
+    return 100.0 * (np.asarray(returns, np.float64) - scale.minimum) / span
 
 
 def from_dataset(reference_scores: Mapping[str, Any]) -> dict[str, Reference]:
@@ -85,11 +107,9 @@ def from_dataset(reference_scores: Mapping[str, Any]) -> dict[str, Reference]:
     found = {}
     for task, entry in reference_scores.items():
         try:
-            source = str(entry.get("source", "dataset"))
-            found[task] = Reference(float(entry["min"]), float(entry["max"]), source)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            found[task] = as_reference(entry)
+        except InvalidInputError as error:
             raise InvalidInputError(
-                f"The reference scores of task {task!r} are {entry!r}; expected "
-                "{'min': return, 'max': return}."
+                f"The reference scores of task {task!r} cannot be used. {error}"
             ) from error
     return found

@@ -26,6 +26,7 @@ class Setting:
         name: Short name that tells it from the other settings of the comparison.
         measure: Its unit.
         reference: What normalises its returns, or None.
+        world: The environment that was played, as far as results say; differing ones are all named.
     """
 
     dataset: str
@@ -33,6 +34,13 @@ class Setting:
     name: str
     measure: Measure
     reference: Reference | None = None
+    world: str = ""
+
+    @property
+    def scale(self) -> str:
+        """The references with where they come from, and the world that was scored by them."""
+        played = f", on {self.world}" if self.world else ""
+        return "" if self.reference is None else f"{self.reference}{played}"
 
     def values(self, task: TaskResult) -> NDArray[np.float64]:
         """``(episodes,)`` values in the setting's unit; their mean is the score of the run."""
@@ -66,10 +74,13 @@ def settings_of(results: Sequence[RunResult], which: str = "last") -> list[Setti
     """
     found: dict[tuple[str, str], list[TaskResult]] = {}
     references: dict[tuple[str, str], Reference] = {}
+    worlds: dict[tuple[str, str], dict[str, None]] = {}
     for run in results:
         for task in run.tasks(which):
             key = (run.dataset, task.task)
             found.setdefault(key, []).append(task)
+            if task.task in run.worlds:
+                worlds.setdefault(key, {})[run.worlds[task.task]] = None
             given = run.references.get(task.task)
             if given is not None and references.setdefault(key, given) != given:
                 raise InvalidInputError(
@@ -85,6 +96,7 @@ def settings_of(results: Sequence[RunResult], which: str = "last") -> list[Setti
             names[key],
             _measure(references.get(key), solved[key], scored),
             references.get(key),
+            " and ".join(worlds.get(key, ())),
         )
         for key in found
     ]
@@ -128,6 +140,10 @@ def mean_score(tasks: Sequence[TaskResult], references: Mapping[str, Reference])
         tasks: Results of one evaluation.
         references: What normalises the returns of a task, by task.
     """
-    run = RunResult("", "", "", 0, evaluations={"last": [*tasks]}, references=dict(references))
-    found = zip(settings_of([run]), tasks, strict=True)
-    return float(np.mean([setting.values(task).mean() for setting, task in found]))
+    scored = any(task.task in references for task in tasks)
+    means = []
+    for task in tasks:
+        reference = references.get(task.task)
+        measure = _measure(reference, task.has_success, scored)
+        means.append(Setting("", task.task, task.task, measure, reference).values(task).mean())
+    return float(np.mean(means))

@@ -248,7 +248,7 @@ def score_lines(run: RunResult) -> list[str]:
         found = estimates.estimate([run], setting)
         if found is not None and setting.reference is not None:
             score = format_score(found, setting.measure)
-            lines.append(f"{setting.task}: normalised score {score}, of {setting.reference}")
+            lines.append(f"{setting.task}: normalised score {score}, of {setting.scale}")
     return lines
 
 

@@ -29,6 +29,7 @@ from mail_agents.suite import (
     completed_targets,
     evaluate_worlds,
     evaluation_directory,
+    played_worlds,
     recorded_videos,
     worlds_of,
 )
@@ -338,7 +339,8 @@ def summarise_run(
         references=references,
         target_return=aimed[0] if aimed else None,
         targets=completed_targets(evaluation_directory(run, steps), tasks),
-        notes=training_notes(agent, steps),
+        worlds=played_worlds(evaluation_directory(run, steps), tasks),
+        notes=[*agent.caveats(), *training_notes(agent, steps)],
     )
 
 

@@ -19,6 +19,8 @@ from mail_agents.suite import (
     completed_targets,
     evaluate_worlds,
     evaluation_directory,
+    played_world,
+    played_worlds,
     recorded_videos,
     worlds_of,
     write_video,
@@ -89,6 +91,10 @@ def test_every_task_is_evaluated_saved_and_read_back(agent, tmp_path):
     videos = recorded_videos(directory)
     assert {video.task for video in videos} == {"near-by", "far"}
     assert all(video.success is False or video.success is True for video in videos)
+
+    # What was played is kept with it.
+    assert played_worlds(directory, [*names, "none"]) == dict.fromkeys(names, "toybox/Point-v0")
+    assert played_world({"env": "hop-v1", "simulator": "Bouncy 3"}) == "hop-v1 (Bouncy 3)"
 
     # An evaluation that was cut short is not a result.
     evaluate_worlds(

@@ -295,6 +295,13 @@ def build_once(dataset):
     return build
 
 
+def test_an_agent_that_sees_its_labels_says_so_in_every_report(build):
+    (caveat,) = build("dm-released").caveats()
+    assert "training curve is not comparable" in caveat
+    for agent_id in ("dm", "dm-figure", "dt-released", "bc"):
+        assert build(agent_id).caveats() == []
+
+
 # ---- evaluation --------------------------------------------------------------------------------
 
 

@@ -67,8 +67,13 @@ def test_every_world_has_d4rls_sizes_and_keeps_gymnasiums_rules(world: str) -> N
 )
 def test_other_physics_are_said(world: str, body: str) -> None:
     with pytest.warns(D4RLPhysicsWarning, match=body) as caught:
-        gymnasium.make(f"mail_envs:d4rl/{world}").close()
+        env = gymnasium.make(f"mail_envs:d4rl/{world}")
+    env.close()
     assert caught[0].filename != d4rl.__file__
+    # What evaluations keep, so that a score says in which physics it was made.
+    where, _, version = env.metadata["simulator"].partition(", MuJoCo ")
+    assert where in body or body.partition(" on ")[0] in where
+    assert version.endswith(" instead of 2")
 
 
 def test_maze2d_has_d4rls_physics_and_does_not_warn() -> None:

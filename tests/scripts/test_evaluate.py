@@ -74,6 +74,7 @@ def test_references_of_the_dataset_give_a_score(evaluate, tmp_path):
     (result,) = load_results(tmp_path / "out" / "result.json")
     assert result.dataset == scored.info.name
     assert result.references == {"point": Reference(-100.0, 0.0)}
+    assert result.worlds == {"point": ENV_ID.rpartition(":")[2]}
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())["point"]
     assert summary["normalised_score"] == pytest.approx(summary["return_mean"] + 100)
     assert summary["reference"]["source"] == "dataset"

@@ -43,6 +43,12 @@ Variant = Literal["causal", "figure", "released"]
 VARIANTS = ("causal", "figure", "released")
 
 
+_LEAK = (
+    "The released trunk sees most of the actions that it is trained to predict, so its training "
+    "curve is not comparable with that of another agent."
+)
+
+
 class LabelLeakWarning(UserWarning):
     """A trunk was built that shows a policy the actions it is trained to predict."""
 
@@ -165,6 +171,8 @@ class MultiGrainedTrunk(nn.Module):
                 stacklevel=2,
             )
         self.variant, self.tokens_per_step = variant, tokens_per_step
+        #: What a reader of results must know.
+        self.caveats = (_LEAK,) if variant == "released" else ()
         kind = {
             "causal": MultiGrainedBlock,
             "figure": SharedGateBlock,

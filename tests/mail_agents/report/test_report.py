@@ -400,6 +400,25 @@ def test_the_page_names_the_target_of_every_score(results, tmp_path):
     assert "target" not in found["D-Ma BC"]
 
 
+def test_scores_name_the_world_they_were_made_in(results, tmp_path):
+    """D4RL's references belong to MuJoCo 2; a score of another physics says which."""
+    reference = {"reach": Reference(0, 10, "d4rl:hopper")}
+    first, second, *_ = results
+    runs = [
+        replace(first, references=reference, worlds={"reach": "d4rl/hopper (Hopper-v4)"}),
+        replace(second, references=reference, worlds={"reach": "d4rl/hopper (Hopper-v5)"}),
+    ]
+    reach, _ = settings_of(runs)
+    both = "d4rl/hopper (Hopper-v4) and d4rl/hopper (Hopper-v5)"
+    assert reach.scale == f"0 to 10 (d4rl:hopper), on {both}"
+    measured = described(runs, tmp_path)
+    assert measured["references of reach"] == reach.scale
+    assert summary.score_lines(runs[0])[0].endswith(
+        "of 0 to 10 (d4rl:hopper), on d4rl/hopper (Hopper-v4)"
+    )
+    assert settings_of(results)[0].scale == ""
+
+
 def test_the_page_says_of_ready_made_agents_that_they_are(results, tmp_path):
     ready = replace(results[0], train_steps=0, train_seconds=0.0, curve=[])
     assert described([ready], tmp_path)["ED-Ma BC"] == (

@@ -24,6 +24,15 @@ def test_scores_are_linear_and_never_clipped(minimum, span, share):
     assert score == pytest.approx(100 * share, abs=1e-2)
 
 
+def test_references_as_datasets_store_them_score_as_well():
+    entry = {"min": HOPPER.minimum, "max": HOPPER.maximum, "source": "d4rl:hopper"}
+    assert normalised_score(1800.0, entry) == normalised_score(1800.0, HOPPER)
+    with pytest.raises(InvalidInputError, match=r"got \{'max': 3\}"):
+        normalised_score(1.0, {"max": 3})
+    with pytest.raises(InvalidInputError, match="maximum above the minimum"):
+        normalised_score(1.0, {"min": 3, "max": 3})
+
+
 def test_there_is_no_score_without_references():
     with pytest.raises(InvalidInputError, match="report the raw return"):
         normalised_score([1.0], None)

@@ -235,6 +235,12 @@ def test_a_run_is_summed_up_with_its_references_and_targets(tmp_path):
     assert result.target_return == 8
     assert list(result.by_target()) == ["8", "4"]
     assert score_lines(result) == ["hop: normalised score 45.0 [40.0, 50.0], of 0 to 10 (test)"]
+    protocol = {"env": "hop-v1", "simulator": "Bouncy 3"}
+    (steps[30] / "hop" / "summary.json").write_text(json.dumps({"protocol": protocol}))
+    agent.caveats = lambda: ["It peeps."]
+    result = summarise_run(agent, tmp_path, ["hop"], 30, 1.5, 7)
+    assert (result.worlds, result.notes) == ({"hop": "hop-v1 (Bouncy 3)"}, ["It peeps."])
+    assert score_lines(result)[0].endswith("of 0 to 10 (test), on hop-v1 (Bouncy 3)")
     path = save_results(tmp_path / "result.json", [result])
     assert load_results(path) == [result]
 
