@@ -1,6 +1,7 @@
 """The ``mail-agents`` command. Nothing heavy is imported before a subcommand needs it."""
 
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from mail_agents.data.store import StoreDataset
 
 #: Entry-point group of converters, each ``"module:function"``. ``minari`` reads that format and is
-#: called with (source, folder of the new store) and, when the user says so, ``overwrite=True``;
-#: ``to-minari`` writes it: (dataset, output).
+#: called with (source, folder of the new store) and those of the options ``overwrite=True``,
+#: ``env=ID`` and ``keep_trailing=True`` that the user gives and its signature has; ``to-minari``
+#: writes it: (dataset, output).
 CONVERTERS = "mail_agents.converters"
 
 
@@ -96,6 +98,10 @@ class Convert:
     """Folder of the new store, or 'FORMAT:NAME-OR-PATH'."""
     overwrite: bool = False
     """Replace an existing store once the new one is complete."""
+    env: str | None = None
+    """Gymnasium id of the environment that data of your own were recorded in (d4rl)."""
+    keep_trailing: bool = False
+    """Keep the rows after the last end of an episode (d4rl)."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +318,11 @@ def _convert(command: Convert) -> int:
             "Name the other format on exactly one side, as in 'mail-agents data convert "
             f"FORMAT:{command.source} {command.output}'. Formats: {', '.join(sorted(points))}."
         )
+    options: dict[str, Any] = {
+        key: value
+        for key in ("overwrite", "env", "keep_trailing")
+        if (value := getattr(command, key)) not in (None, False)
+    }
     if writes and command.overwrite:
         raise InvalidInputError(
             f"--overwrite replaces stores only. Choose another name than {command.output!r}, or "
@@ -328,12 +339,16 @@ def _convert(command: Convert) -> int:
             f"Conversion {name!r} ({points[name].value}) cannot be loaded: "
             f"{type(error).__name__}: {error}."
         ) from error
+    try:
+        inspect.signature(convert).bind(source, output, **options)
+    except TypeError as error:
+        raise InvalidInputError(f"Conversion {name!r} has no such option: {error}.") from error
     if writes:
         from mail_agents.data.store import open_dataset
 
-        convert(open_dataset(source), output)
+        convert(open_dataset(source), output, **options)
     else:
-        convert(source, output, **({"overwrite": True} if command.overwrite else {}))
+        convert(source, output, **options)
     print(f"wrote {command.output}")
     return 0
 

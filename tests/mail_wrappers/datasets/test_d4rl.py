@@ -3,10 +3,11 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -59,6 +60,22 @@ def arrays(
     if following:
         out["next_observations"] = observations + np.float32(0.5)
     return out
+
+
+class TwoLimits(gymnasium.Env):
+    """Hopper's sizes, other bounds."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (11,), np.float64)
+    action_space = gymnasium.spaces.Box(-2.0, 2.0, (3,), np.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_limits() -> Iterator[None]:
+    point = f"{__name__}:TwoLimits"
+    gymnasium.register("TwoLimits-v0", entry_point=point, max_episode_steps=5)
+    gymnasium.register("Nameless-v0", entry_point=TwoLimits)
+    yield
+    del gymnasium.registry["TwoLimits-v0"], gymnasium.registry["Nameless-v0"]
 
 
 def save(path: Path, data: dict[str, Any], gzip: bool = True) -> Path:
@@ -328,7 +345,7 @@ MALFORMED = {
     "no end": (arrays(terminals=(), timeouts=()), "no whole episode"),
     "other sizes": (
         {**arrays(domain="antmaze")},
-        r"observations has rows of shape \(29,\), but hopper-medium-v2 has 11",
+        r"observations has rows of shape \(29,\), but hopper-medium-v2 has \(11,\)",
     ),
 }
 
@@ -393,7 +410,9 @@ def test_actions_outside_the_range_warn_and_are_kept(tmp_path: Path) -> None:
 
 def test_unknown_names_are_refused_with_what_to_do(tmp_path: Path) -> None:
     path = save(tmp_path / "hoper_medium-v2.hdf5", arrays())
-    with pytest.raises(UnknownNameError, match=r"Did you mean 'hopper-medium-v2'.*rename the file"):
+    with pytest.raises(
+        UnknownNameError, match=r"Did you mean 'hopper-medium-v2'.*rename the file.*--env"
+    ):
         convert_d4rl(path, tmp_path / "store")
     assert not (tmp_path / "store").exists()
     with pytest.raises(UnknownNameError, match="carla"):
@@ -402,6 +421,125 @@ def test_unknown_names_are_refused_with_what_to_do(tmp_path: Path) -> None:
     assert dataset.info.tasks == ("hopper-medium-v2",)
     (first, *_) = read_d4rl(path)  # data of one's own can be read, without a task
     assert (first.task, first.meta["source_id"]) == (None, "hoper_medium-v2/000000")
+
+
+# --- data of one's own ------------------------------------------------------------------------
+
+
+def test_an_environment_gives_bounds_task_and_limit(tmp_path: Path) -> None:
+    path = save(tmp_path / "mine.hdf5", arrays())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", D4RLActionWarning)
+        dataset = convert_d4rl(path, tmp_path / "store", env="TwoLimits-v0")
+    info = dataset.info
+    assert (info.name, info.tasks, info.reference_scores) == ("mine", ("TwoLimits-v0",), {})
+    spec = info.env_specs["TwoLimits-v0"]
+    assert (spec["id"].partition(":")[2], spec["max_episode_steps"]) == ("TwoLimits-v0", 5)
+    assert dataset.features.action.low == (-2.0, -2.0, -2.0)
+    assert dataset.features.observations["state"].dtype == "float32"  # the data decides
+    assert dataset.lengths.tolist() == [5, 4, 3]
+    assert [e.task for e in read_d4rl(path, env="TwoLimits-v0")] == ["TwoLimits-v0"] * 3
+    # Even under a name of D4RL's, whose references and bounds do not apply.
+    named = shutil.copy(path, tmp_path / "hopper_medium-v2.hdf5")
+    assert convert_d4rl(named, tmp_path / "named", env="TwoLimits-v0").info.reference_scores == {}
+
+    save(path, {**arrays(10, terminals=(1,), timeouts=None), "actions": np.full((10, 3), -1.5)})
+    with pytest.warns(D4RLTrailingWarning, match="3 of 10"):
+        assert [len(e) for e in read_d4rl(path, env="TwoLimits-v0")] == [2, 5]
+    save(path, {**arrays(), "actions": np.full((12, 3), -2.5)})
+    with pytest.warns(D4RLActionWarning, match=r"12 of 12 actions leave \[-2, 2\] \(up to 2\.5"):
+        list(read_d4rl(path, env="TwoLimits-v0"))
+
+
+@pytest.mark.parametrize(
+    ("env", "error", "message"),
+    [
+        ("Hoper-v5", InvalidInputError, "'Hoper-v5' cannot be made.*Did you mean"),
+        ("no_such_module:Env-v0", InvalidInputError, "no_such_module"),
+        ("Nameless-v0", InvalidInputError, "entry_point='package.module:Class'"),
+        ("CartPole-v1", InvalidInputError, "takes actions of int64"),
+        ("Pendulum-v1", CorruptFileError, r"shape \(11,\), but Pendulum-v1 has \(3,\)"),
+    ],
+)
+def test_other_environments_are_refused(
+    tmp_path: Path, env: str, error: type[Exception], message: str
+) -> None:
+    path = save(tmp_path / "mine.hdf5", arrays())
+    with pytest.raises(error, match=message):
+        convert_d4rl(path, tmp_path / "store", env=env)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_name_is_a_task_and_needs_no_limit_unless_the_file_does(tmp_path: Path) -> None:
+    path = save(tmp_path / "file.hdf5", arrays())
+    first, *_ = read_d4rl(path, name="mine")
+    assert (first.task, first.meta["source_id"]) == ("mine", "mine/000000")
+    with pytest.raises(InvalidInputError, match=r"either name='mine'.* or env='Hopper-v5'"):
+        next(read_d4rl(path, name="mine", env="Hopper-v5"))
+    with pytest.raises(UnknownNameError, match=r"'mine'.*--env"):
+        convert_d4rl(path, tmp_path / "store", name="mine")
+    with pytest.raises(UnknownNameError, match=r"Unknown D4RL world 'antmaze'.*antmaze-umaze"):
+        convert_d4rl(path, tmp_path / "store", name="antmaze")
+    save(path, arrays(timeouts=None))
+    with pytest.raises(InvalidInputError, match=r"no 'timeouts'.*env.*max_episode_steps"):
+        next(read_d4rl(path, name="mine"))
+    with pytest.warns(D4RLTrailingWarning):
+        assert [len(e) for e in read_d4rl(path, name="mine", max_episode_steps=5)] == [5, 5]
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+@pytest.mark.parametrize("timeouts", [None, (8, 11)])
+def test_impossible_limits(tmp_path: Path, limit: int, timeouts: tuple[int, ...] | None) -> None:
+    path = save(tmp_path / "hopper_medium-v2.hdf5", arrays(timeouts=timeouts))
+    with pytest.raises(InvalidInputError, match=f"max_episode_steps is {limit}"):
+        convert_d4rl(path, tmp_path / "store", max_episode_steps=limit)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="is a folder"):
+        convert_d4rl(tmp_path, tmp_path / "store")
+
+
+# --- links --------------------------------------------------------------------------------------
+
+
+def test_links_lead_to_data(hopper: Path, same_episode: Callable[..., None]) -> None:
+    whole = list(read_d4rl(hopper))
+    with h5py.File(hopper, "a") as file:
+        for name in ("observations", "actions", "infos"):
+            file.move(name, f"metadata/{name}")
+        file["observations"] = h5py.SoftLink("/metadata/observations")
+        file["actions"] = file["metadata/actions"]  # a second name of the same array
+        file["infos"] = h5py.SoftLink("/metadata/infos")
+    for left, right in zip(read_d4rl(hopper), whole, strict=True):
+        same_episode(left, right)
+
+
+def test_links_into_another_file(hopper: Path, same_episode: Callable[..., None]) -> None:
+    whole = list(read_d4rl(hopper))
+    with h5py.File(hopper, "a") as file:
+        with h5py.File(hopper.with_name("other.hdf5"), "w") as other:
+            file.copy("rewards", other)
+        del file["rewards"]
+        file["rewards"] = h5py.ExternalLink("other.hdf5", "/rewards")
+    for left, right in zip(read_d4rl(hopper), whole, strict=True):
+        same_episode(left, right)
+    hopper.with_name("other.hdf5").unlink()
+    with pytest.raises(CorruptFileError, match="rewards is a link to something missing"):
+        next(read_d4rl(hopper))
+
+
+def test_links_that_lead_nowhere_are_named(hopper: Path) -> None:
+    with h5py.File(hopper, "a") as file:
+        file["infos/self"] = h5py.SoftLink("/infos")
+    with pytest.raises(CorruptFileError, match="infos/self links back"):
+        next(read_d4rl(hopper))
+    with h5py.File(hopper, "a") as file:
+        del file["infos/self"], file["observations"]
+        file["observations"] = h5py.SoftLink("/nowhere")
+    with pytest.raises(CorruptFileError, match="observations is a link to something missing"):
+        next(read_d4rl(hopper))
 
 
 # --- names ------------------------------------------------------------------------------------
@@ -528,6 +666,14 @@ def test_store_to_d4rl_to_store(tmp_path: Path, same_episode: Callable[..., None
     assert back.features == own.features
     for left, right in zip(read_d4rl(path), (own.episode(i) for i in range(4)), strict=True):
         same_episode(left, right)
+    for option in ({"name": "hopper-medium-v2"}, {"env": "Hopper-v5"}):
+        with pytest.raises(
+            InvalidInputError, match=f"its own tasks.*leave {next(iter(option))} out"
+        ):
+            convert_d4rl(path, tmp_path / "other", **option)
+        with pytest.raises(InvalidInputError, match="its own tasks"):
+            next(read_d4rl(path, **option))
+    assert not (tmp_path / "other").exists()
 
 
 def test_d4rl_to_store_to_d4rl(hopper: Path, tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ out the last transition of every episode that ended by timeout; here every row i
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,11 @@ import numpy as np
 from mail_agents.data.episode import Episode
 from mail_agents.data.manifest import file_sha256
 from mail_agents.data.store import StoreDataset, write_dataset
-from mail_agents.errors import CorruptFileError, InvalidInputError, UnknownNameError
-from mail_agents.features import DEFAULT_KEY, Feature, FeatureSpec
+from mail_agents.errors import CorruptFileError, InvalidInputError
+from mail_agents.features import DEFAULT_KEY
 from mail_wrappers.datasets.d4rl_export import write_d4rl
+from mail_wrappers.datasets.d4rl_facts import Facts, facts_of
 from mail_wrappers.datasets.d4rl_file import D4RLActionWarning, D4RLFile
-from mail_wrappers.datasets.d4rl_names import WORLDS, dataset_id, world_of, world_spec
-from mail_wrappers.datasets.d4rl_reference import reference
 
 __all__ = [
     "D4RLActionWarning",
@@ -45,21 +43,24 @@ def episode_ends(
         terminals: ``(N,)`` bool, the transition reached a terminal state.
         timeouts: ``(N,)`` bool, the episode was cut after the transition; None when the file does
             not say, then episodes are also cut after ``max_episode_steps``.
-        max_episode_steps: See ``timeouts``; not used otherwise.
+        max_episode_steps: See ``timeouts``; at least 1, not used otherwise.
 
     Returns:
         Increasing int64 indices, each one past the last row of an episode. Rows after the last one
         belong to an episode that never ended.
 
     Raises:
-        InvalidInputError: There are neither timeouts nor a limit.
+        InvalidInputError: There are neither timeouts nor a limit, or the limit is below 1.
     """
+    if max_episode_steps is not None and max_episode_steps < 1:
+        raise InvalidInputError(f"max_episode_steps is {max_episode_steps}, expected at least 1.")
     if timeouts is not None:
         return np.flatnonzero(terminals | timeouts) + 1
     if max_episode_steps is None:
         raise InvalidInputError(
-            "The file has no 'timeouts' and its name is not one of D4RL's, so it cannot be known "
-            "where episodes end. Give max_episode_steps, the environment's limit."
+            "The file has no 'timeouts' and no step limit is known, so it cannot be known where "
+            "episodes end. Give env, the Gymnasium id of the environment it was recorded in, or "
+            "max_episode_steps."
         )
     ends, last = [], 0
     for stop in [*(np.flatnonzero(terminals) + 1).tolist(), len(terminals)]:
@@ -75,6 +76,7 @@ def read_d4rl(
     source: str | os.PathLike[str],
     *,
     name: str | None = None,
+    env: str | None = None,
     keep_trailing: bool = False,
     max_episode_steps: int | None = None,
 ) -> Iterator[Episode]:
@@ -87,9 +89,11 @@ def read_d4rl(
 
     Args:
         source: The file.
-        name: D4RL's name of the dataset, for example ``"hopper-medium-v2"``: the task of the
-            episodes. None takes it from the file name, if that is one of D4RL's; a file written by
-            :func:`write_d4rl` knows its tasks.
+        name: The task of the episodes. D4RL's name of the dataset, for example
+            ``"hopper-medium-v2"``, says more: sizes and step limit. None takes that from the file
+            name, if it is one of D4RL's; a file written by :func:`write_d4rl` knows its tasks.
+        env: For data of your own, the Gymnasium id of the environment they were recorded in, for
+            example ``"Hopper-v5"``: task, sizes, bounds and step limit are taken from it.
         keep_trailing: Whether rows after the last end become a truncated episode, with
             ``meta["trailing"]``; otherwise they are left out with a :class:`D4RLTrailingWarning`.
         max_episode_steps: Where to cut when the file has no ``timeouts``; None takes the limit of
@@ -99,29 +103,23 @@ def read_d4rl(
         Episodes, everything in the stored dtype.
 
     Raises:
-        InvalidInputError: There is no file, or it cannot be known where episodes end.
+        InvalidInputError: There is no file, it cannot be known where episodes end, ``name`` or
+            ``env`` is given for a file that knows its own, or the environment cannot be made.
         CorruptFileError: The file is malformed, see
-            :class:`~mail_wrappers.datasets.d4rl_file.D4RLFile`, or holds no whole episode.
+            :class:`~mail_wrappers.datasets.d4rl_file.D4RLFile`, holds no whole episode, or its
+            sizes are not those of the environment.
     """
     with D4RLFile(source) as file:
-        file.check()
-        name = name or _known_name(file.path)
-        yield from _episodes(file, _spans(file, name, keep_trailing, max_episode_steps), name)
-
-
-def _known_name(path: Path) -> str | None:
-    try:
-        return dataset_id(path)
-    except UnknownNameError:
-        return None
+        facts = facts_of(file, name, env, anonymous=True)
+        file.check(facts.action)
+        yield from _episodes(file, _spans(file, facts, keep_trailing, max_episode_steps), facts)
 
 
 def _spans(
-    file: D4RLFile, name: str | None, keep_trailing: bool, limit: int | None
+    file: D4RLFile, facts: Facts, keep_trailing: bool, limit: int | None
 ) -> list[tuple[int, int]]:
     """First row of each episode and one past its last."""
-    if limit is None and name is not None:
-        limit = WORLDS[world_of(name)].max_episode_steps
+    limit = facts.max_episode_steps if limit is None else limit
     timeouts = file.flags("timeouts") if "timeouts" in file else None
     ends = episode_ends(file.flags("terminals"), timeouts, limit).tolist()
     left = file.rows - (ends[-1] if ends else 0)
@@ -130,34 +128,33 @@ def _spans(
     elif not ends:
         raise CorruptFileError(
             f"{file.path}: no terminal or timeout is set in {file.rows} rows, so there is no whole "
-            "episode. To read them as one unfinished episode, use "
-            "mail_wrappers.datasets.d4rl.convert_d4rl(..., keep_trailing=True)."
+            "episode. keep_trailing=True (--keep-trailing) takes them as one unfinished episode."
         )
     elif left:
         warnings.warn(
             f"{file.path}: {left} of {file.rows} rows after the last end of an episode are left "
-            "out (keep_trailing=True keeps them).",
+            "out; keep_trailing=True (--keep-trailing) keeps them.",
             D4RLTrailingWarning,
             stacklevel=3,
         )
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _episodes(file: D4RLFile, spans: list[tuple[int, int]], name: str | None) -> Iterator[Episode]:
-    own = _own_facts(file)
-    if own is not None and len(own["episodes"]) != len(spans):
+def _episodes(file: D4RLFile, spans: list[tuple[int, int]], facts: Facts) -> Iterator[Episode]:
+    own = facts.episodes
+    if own is not None and len(own) != len(spans):
         raise CorruptFileError(
-            f"{file.path}: the arrays hold {len(spans)} episodes, its metadata "
-            f"{len(own['episodes'])}; the file was altered after it was written."
+            f"{file.path}: the arrays hold {len(spans)} episodes, its metadata {len(own)}; the "
+            "file was altered after it was written."
         )
-    key = DEFAULT_KEY if own is None else next(iter(own["features"].observations))
+    key = DEFAULT_KEY if facts.features is None else next(iter(facts.features.observations))
     for number, (start, stop) in enumerate(spans):
         arrays, meta = _episode(file, start, stop, key)
         if own is not None:
-            yield Episode(**arrays, **own["episodes"][number])
+            yield Episode(**arrays, **own[number])
         else:
-            meta["source_id"] = f"{name or file.path.stem}/{number:06d}"
-            yield Episode(**arrays, task=name, meta=meta)
+            meta["source_id"] = f"{facts.id}/{number:06d}"
+            yield Episode(**arrays, task=facts.task, meta=meta)
 
 
 def _episode(
@@ -195,35 +192,39 @@ def convert_d4rl(
     *,
     overwrite: bool = False,
     name: str | None = None,
+    env: str | None = None,
     keep_trailing: bool = False,
     max_episode_steps: int | None = None,
 ) -> StoreDataset:
-    """Converts a file to a store, with reference scores and the environment to evaluate in.
+    """Converts a file to a store, with bounds and the environment to evaluate in.
 
-    The whole file is checked before anything is written. Run it again to continue after an
-    interruption. Environments are Gymnasium's, see ``docs/worlds/d4rl.md``.
+    D4RL's data also get D4RL's reference scores, and the worlds of ``docs/worlds/d4rl.md``. The
+    whole file is checked before anything is written. Run it again to continue after an
+    interruption.
 
     Args:
         source: The file.
         output: Folder of the store.
         overwrite: Whether to replace an existing store.
-        name: See :func:`read_d4rl`; needed when the file was renamed.
+        name: D4RL's name of the dataset, needed when the file was renamed.
+        env: See :func:`read_d4rl`; for data of your own. There are no reference scores then.
         keep_trailing: See :func:`read_d4rl`.
         max_episode_steps: See :func:`read_d4rl`.
 
     Raises:
-        UnknownNameError: The file name is not one of D4RL's and no name is given.
-        CorruptFileError: The file is malformed, see :func:`read_d4rl`, or its sizes are not those
-            of the environment.
-        InvalidInputError: There is no file, or the output exists.
+        UnknownNameError: Neither the file name nor ``name`` is one of D4RL's, and there is no
+            ``env``.
+        CorruptFileError: See :func:`read_d4rl`.
+        InvalidInputError: See :func:`read_d4rl`, or the output exists.
     """
     with D4RLFile(source) as file:
-        facts = _facts(file, name)
-        file.check()
-        spans = _spans(file, facts["name"], keep_trailing, max_episode_steps)
+        facts = facts_of(file, name, env, anonymous=False)
+        file.check(facts.action)
+        spans = _spans(file, facts, keep_trailing, max_episode_steps)
         origin = {
             "kind": "d4rl-hdf5",
-            "id": facts["id"],
+            "id": facts.id,
+            "task": facts.task,
             "file": file.path.name,
             "bytes": file.path.stat().st_size,
             "sha256": file_sha256(file.path),
@@ -233,77 +234,11 @@ def convert_d4rl(
         }
         return write_dataset(
             output,
-            _episodes(file, spans, facts["name"]),
-            name=facts["id"],
+            _episodes(file, spans, facts),
+            name=facts.id,
             source=origin,
-            env_specs=facts["env_specs"],
-            reference_scores=facts["reference_scores"],
-            features=facts["features"],
+            env_specs=facts.env_specs,
+            reference_scores=facts.reference_scores,
+            features=facts.features,
             overwrite=overwrite,
         )
-
-
-def _facts(file: D4RLFile, name: str | None) -> dict[str, Any]:
-    """What is known of the dataset: from the file itself, or from D4RL's name of it."""
-    own = _own_facts(file)
-    if own is not None:
-        return {**own, "name": None}
-    name = name or _required_name(file.path)
-    return {
-        "name": name,
-        "id": name,
-        "features": _features(file, name),
-        "env_specs": {name: world_spec(world_of(name))},
-        "reference_scores": {name: reference(name)},
-    }
-
-
-def _own_facts(file: D4RLFile) -> dict[str, Any] | None:
-    """What :func:`write_d4rl` added to the file; None for other files."""
-    if not file.extras:
-        return None
-    try:
-        return {
-            "id": str(file.extras["name"]),
-            "features": FeatureSpec.from_dict(file.extras["features"]),
-            "env_specs": dict(file.extras["env_specs"]),
-            "reference_scores": dict(file.extras["reference_scores"]),
-            "episodes": [
-                {key: item[key] for key in ("task", "seed", "meta")}
-                for item in file.extras["episodes"]
-            ],
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{file.path}: its metadata is damaged: {error!r}.") from error
-
-
-def _required_name(path: Path) -> str:
-    try:
-        return dataset_id(path)
-    except UnknownNameError as error:
-        raise UnknownNameError(
-            f"{error} The name was taken from the file name {path.name}: rename the file to D4RL's "
-            "name of the dataset, for example hopper-medium-v2.hdf5. For data of your own, use "
-            "write_dataset(output, read_d4rl(path), env_specs=...) in Python."
-        ) from error
-
-
-def _features(file: D4RLFile, name: str) -> FeatureSpec:
-    world = WORLDS[world_of(name)]
-    expected: Mapping[str, int] = {
-        "observations": world.observation_size,
-        "actions": world.action_size,
-    }
-    for key, size in expected.items():
-        if file.shape(key) != (size,):
-            raise CorruptFileError(
-                f"{file.path}: {key} has rows of shape {file.shape(key)}, but {name} has {size} "
-                "numbers in each. Is the file named after the dataset it holds?"
-            )
-    bound = (1.0,) * world.action_size
-    low = tuple(-x for x in bound)
-    state, action = file.dtype("observations").name, file.dtype("actions").name
-    return FeatureSpec(
-        {DEFAULT_KEY: Feature("state", (world.observation_size,), state)},
-        Feature("state", (world.action_size,), action, low=low, high=bound),
-    )

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from mail_agents.errors import CorruptFileError, InvalidInputError
+from mail_agents.features import Feature
 
 #: Where files written by this project keep what D4RL has no place for.
 EXTRAS = "metadata/mail_agents"
@@ -31,7 +32,7 @@ _ROUNDING = 1e-5
 
 
 class D4RLActionWarning(UserWarning):
-    """Recorded actions leave [-1, 1], which the environments clip to."""
+    """Recorded actions leave the bounds, mostly [-1, 1], which the environments clip to."""
 
 
 class _Column:
@@ -85,7 +86,8 @@ class D4RLFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise InvalidInputError(f"{self.path} does not exist. Give the path of a D4RL file.")
+            state = "is a folder" if self.path.is_dir() else "does not exist"
+            raise InvalidInputError(f"{self.path} {state}. Give the path of one HDF5 file.")
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
@@ -143,8 +145,12 @@ class D4RLFile:
             )
         return values.astype(bool)
 
-    def check(self) -> None:
+    def check(self, action: Feature | None = None) -> None:
         """Reads every value that an agent could see.
+
+        Args:
+            action: The action of the environment, whose bounds recorded actions are compared with;
+                None compares with [-1, 1], D4RL's.
 
         Raises:
             CorruptFileError: Observations, actions or rewards hold NaN or infinity, or a flag is
@@ -157,7 +163,10 @@ class D4RLFile:
         for name in ("terminals", "timeouts"):
             if name in self:
                 self.flags(name)
-        self._check_range()
+        if action is None:
+            self._check_range(np.array(-1.0), np.array(1.0))
+        elif action.low is not None and action.high is not None:
+            self._check_range(np.array(action.low), np.array(action.high))
 
     def _check_finite(self, name: str, start: int, block: np.ndarray) -> None:
         if block.dtype.kind == "f" and not np.isfinite(block).all():
@@ -168,17 +177,22 @@ class D4RLFile:
                 "Download the file again, or repair it before converting."
             )
 
-    def _check_range(self) -> None:
+    def _check_range(self, low: np.ndarray, high: np.ndarray) -> None:
+        dtype = self.dtype("actions")
+        floor = (low - _ROUNDING * np.maximum(1, np.abs(low))).astype(dtype)
+        ceiling = (high + _ROUNDING * np.maximum(1, np.abs(high))).astype(dtype)
         outside, first, largest = 0, -1, 0.0
         for start, block in self._columns["actions"].blocks():
-            beyond = np.abs(block).max(axis=1) > 1.0 + _ROUNDING
+            beyond = ((block < floor) | (block > ceiling)).any(axis=1)
             if beyond.any():
                 first = start + int(np.argmax(beyond)) if first < 0 else first
                 outside += int(beyond.sum())
-                largest = max(largest, float(np.abs(block).max()))
+                largest = max(largest, float(np.abs(block[beyond]).max()))
         if outside:
+            alike = np.ptp(low) == np.ptp(high) == 0
+            bounds = f"[{low.max():g}, {high.max():g}]" if alike else "the environment's bounds"
             warnings.warn(
-                f"{self.path}: {outside} of {self.rows} actions leave [-1, 1] (up to {largest:g}, "
+                f"{self.path}: {outside} of {self.rows} actions leave {bounds} (up to {largest:g}, "
                 f"first at row {first}). They are kept; the environments clip them, and an agent "
                 "whose outputs are bounded cannot reproduce them.",
                 D4RLActionWarning,
@@ -193,13 +207,7 @@ class D4RLFile:
                     f"{self.path}: {name} is a group ({', '.join(group)}), expected "
                     "one array with a row per transition. Convert Minari datasets with 'minari:'."
                 )
-        found: dict[str, h5py.Dataset] = {}
-
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset) and not name.startswith("metadata/"):
-                found[name] = item
-
-        self._file.visititems(visit)
+        found = dict(self._walk(self._file, "", ()))
         missing = [name for name in _REQUIRED if name not in found]
         if missing:
             present = ", ".join(sorted(self._file)) or "nothing"
@@ -208,6 +216,21 @@ class D4RLFile:
                 f"layout: {', '.join(_REQUIRED)}, one row per transition."
             )
         return found
+
+    def _walk(
+        self, group: h5py.Group, prefix: str, parents: tuple[h5py.Group, ...]
+    ) -> Iterator[tuple[str, h5py.Dataset]]:
+        """Data sets by the names that lead to them, links included; not those of ``metadata``."""
+        for key, item in group.items():
+            name = f"{prefix}{key}"
+            if item is None:
+                raise CorruptFileError(f"{self.path}: {name} is a link to something missing.")
+            if isinstance(item, h5py.Dataset):
+                yield name, item
+            elif isinstance(item, h5py.Group) and name != "metadata":
+                if item in (group, *parents):
+                    raise CorruptFileError(f"{self.path}: {name} links back to its own parent.")
+                yield from self._walk(item, f"{name}/", (group, *parents))
 
     def _check_layout(self, found: dict[str, h5py.Dataset]) -> int:
         rows = {name: data.shape[0] if data.shape else None for name, data in found.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from gymnasium.envs.registration import EnvSpec
 
+from mail_agents.errors import unknown_name
 from mail_wrappers.datasets.d4rl_reference import domain_of
 
 
@@ -121,13 +122,16 @@ def world_of(name: str) -> str:
         name: Dataset id such as ``antmaze-medium-play-v2``.
 
     Raises:
-        UnknownNameError: D4RL has no such dataset.
+        UnknownNameError: D4RL has no such dataset, or the name is a domain of several worlds.
     """
     domain = domain_of(name)
     if domain in WORLDS:
         return domain
     # Mazes of "play" and "diverse" data are evaluated alike; kitchens by what must be done.
-    return "-".join(_VERSION.sub("", name).split("-")[:2])
+    world = "-".join(_VERSION.sub("", name).split("-")[:2])
+    if world not in WORLDS:  # the bare domain
+        raise unknown_name("D4RL world", name, [w for w in WORLDS if w.startswith(domain)])
+    return world
 
 
 def world_spec(world: str) -> dict[str, Any]:
