@@ -57,8 +57,8 @@ class Acting(ABC):
         """See :class:`~mail_agents.agent.Agent`."""
 
     @abstractmethod
-    def _require_fitted(self) -> None:
-        """Refuses to act without statistics."""
+    def require_fitted(self) -> None:
+        """See :class:`~mail_agents.agent.Agent`."""
 
     # ---- what a subclass may change -----------------------------------------------------------
 
@@ -102,6 +102,9 @@ class Acting(ABC):
         deterministic: bool,
     ) -> Tensor:
         """Asks the policy for chunks; an agent that carries a network state does so here.
+
+        Such an agent keeps one state for each of ``len(self.plans)`` slots. Slots whose
+        :attr:`plans` is 0 start an episode: their state is a new one.
 
         Args:
             batch: Prepared batch, one row per entry of ``slots``.
@@ -211,7 +214,7 @@ class Acting(ABC):
             InvalidInputError: A key is missing, a shape is wrong, or a value is NaN or infinite.
             MissingStatisticsError: The agent was neither trained nor loaded.
         """
-        self._require_fitted()
+        self.require_fitted()
         rows, single = self.features.rows(observation)
         batch_size = len(next(iter(rows.values())))
         if self._slots is None:

@@ -182,9 +182,13 @@ class Agent(Acting):
     @property
     def fitted(self) -> bool:
         """Whether every normaliser that needs statistics has them."""
-        return not self._unfitted()
+        return not self.missing_statistics()
 
-    def _unfitted(self) -> list[str]:
+    def missing_statistics(self) -> list[str]:
+        """Names what must still be learnt from data before the agent can train and act.
+
+        An agent that takes more from :meth:`fit_statistics` than its normalisers do adds it.
+        """
         modules = {name: cast(Normalizer, module) for name, module in self.normalizers.items()}
         return [name for name, m in modules.items() if m.needs_statistics and not m.fitted]
 
@@ -239,15 +243,21 @@ class Agent(Acting):
         """Passes what the policy needs to know about units; called after fitting and loading."""
         normalizer = cast(Normalizer, self.normalizers["action"])
         if normalizer.fitted:
-            for policy in self._policies():
+            for policy in self.policies():
                 policy.set_action_bounds(*normalizer.bounds())
 
-    def _policies(self) -> list[Policy]:
+    def policies(self) -> list[Policy]:
+        """The trained network and, where there is one, its average: what facts are given to."""
         averaged = [] if self.ema is None else [cast(Policy, self.ema.module)]
         return [self.policy, *averaged]
 
-    def _require_fitted(self) -> None:
-        missing = self._unfitted()
+    def require_fitted(self) -> None:
+        """Refuses to go on without statistics.
+
+        Raises:
+            MissingStatisticsError: See :meth:`missing_statistics`.
+        """
+        missing = self.missing_statistics()
         if missing:
             raise MissingStatisticsError(
                 f"Agent {self.agent_id!r} has no normalisation statistics for {missing}. Call "
@@ -259,7 +269,7 @@ class Agent(Acting):
         if self.task_embedder() is None:
             return None
         if self.task_embeddings is None:
-            self._require_fitted()
+            self.require_fitted()
         if (ids < 0).any():
             raise InvalidInputError(
                 f"Agent {self.agent_id!r} is conditioned on language, but an episode has no task. "
@@ -271,7 +281,7 @@ class Agent(Acting):
 
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Moves a raw batch (numpy or torch, environment units) to the device and normalises it."""
-        self._require_fitted()
+        self.require_fitted()
         out: dict[str, Tensor] = {}
         for key, value in batch.items():
             if key == "task":

@@ -126,7 +126,7 @@ def save_agent(agent: "Agent", path: str | Path) -> Path:
         InvalidInputError: A weight is NaN or infinite, so the artifact could not be loaded.
         StorageError: The file could not be written; an older one in its place stays.
     """
-    agent._require_fitted()
+    agent.require_fitted()
     path = Path(path)
     broken = _not_finite(_tensors(agent))
     if broken:
@@ -273,7 +273,7 @@ def load_agent(
     agent.updates = int(info["updates"])
     agent.provenance = dict(info["provenance"])
     agent.backends = {op: set(names) for op, names in info["backends"].items()}
-    agent._require_fitted()
+    agent.require_fitted()
     agent.on_statistics()
     if weights == "raw":
         agent.ema = None

@@ -67,7 +67,7 @@ class SequenceAgent(OfflineAgent):
         chosen = self.training_episodes(dataset, episodes)
         self.check_episode_length(int(dataset.lengths[chosen].max()))
         returns = dataset.episode_returns[chosen]
-        for policy in self._policies():
+        for policy in self.policies():
             known = cast(SequencePolicy, policy)
             known.set_returns(float(np.abs(returns).max()), float(returns.max()))
         super().fit_statistics(dataset, episodes)
@@ -76,8 +76,9 @@ class SequenceAgent(OfflineAgent):
         if len(dataset.info.tasks) > 1:
             self.provenance["best_returns"] = best_returns(dataset, chosen)
 
-    def _unfitted(self) -> list[str]:
-        return super()._unfitted() + ([] if self.policy.best is not None else ["return"])
+    def missing_statistics(self) -> list[str]:
+        """See :class:`~mail_agents.agent.Agent`; returns belong to them."""
+        return super().missing_statistics() + ([] if self.policy.best is not None else ["return"])
 
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """See :class:`~mail_agents.agent.Agent`.
@@ -126,7 +127,7 @@ class SequenceAgent(OfflineAgent):
         """
         if target is not None:
             return target
-        self._require_fitted()
+        self.require_fitted()
         best = self.provenance.get("best_returns")
         if not best:
             return self.policy.best

@@ -233,28 +233,39 @@ class Unsaved(Good):
         return np.clip(super().act(observation, **kwargs) * 0.5 + self.bonus, -1, 1)
 
 
-class Haunted(Good):
-    """Carries something per slot, and forgets it only where all slots are made anew."""
+class Remembering(Good):
+    """Carries something from plan to plan in each slot, by public names alone."""
+
+    memory = None
+
+    def fresh(self, slots):
+        return slots[self.plans[slots] == 0]
+
+    def plan_chunks(self, batch, slots, generators, deterministic):
+        chunk = super().plan_chunks(batch, slots, generators, deterministic)
+        if self.memory is None or len(self.memory) != len(self.plans):
+            self.memory = torch.zeros(len(self.plans), *chunk.shape[1:])
+        self.memory[self.fresh(slots)] = 0
+        self.memory[slots] += 0.5 * chunk
+        return self.memory[slots]
+
+
+class Haunted(Remembering):
+    """Forgets only where all slots are made anew, not with each episode."""
+
+    def fresh(self, slots):
+        return slots[:0]
 
     def reset(self, slots=None, **kwargs):
         super().reset(slots, **kwargs)
         if slots is None:
-            self._memory = None
-
-    def plan_chunks(self, batch, slots, generators, deterministic):
-        chunk = super().plan_chunks(batch, slots, generators, deterministic)
-        if self._memory is None:
-            self._memory = torch.zeros(len(self.plans), *chunk.shape[1:])
-        self._memory[slots] += 0.5 * chunk
-        return self._memory[slots]
-
-    _memory = None
+            self.memory = None
 
 
 class Impatient(Good):
     """Makes up statistics instead of asking for them."""
 
-    def _require_fitted(self):
+    def require_fitted(self):
         for module in self.normalizers.values():
             module._fitted = True
 
@@ -373,8 +384,9 @@ def registered(monkeypatch):
     return add
 
 
-def test_a_good_agent_passes_everything_that_concerns_it(registered):
-    report = check_agent(registered(Good))
+@pytest.mark.parametrize("found", [Good, Remembering])
+def test_a_good_agent_passes_everything_that_concerns_it(registered, found):
+    report = check_agent(registered(found))
     assert report.ok, report
     skipped = {result.name for result in report.results if result.status == "skip"}
     assert skipped <= {"other device", "target return matters"}
