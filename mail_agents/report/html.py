@@ -183,10 +183,8 @@ def _protocol(
         **extra,
     }
     for label, runs in groups.items():
-        lines[label] = [
-            _describe(runs, settings),
-            *dict.fromkeys(n for run in runs for n in run.notes),
-        ]
+        notes = dict.fromkeys(note for run in runs for note in run.notes)
+        lines[label] = [_describe(runs), *_aims(runs, settings), *notes]
     lines["versions"] = ", ".join(f"{name} {v}" for name, v in versions().items())
     items = "".join(f"<dt>{escape(k)}</dt>{_values(v)}" for k, v in lines.items())
     code = f"<pre>{escape(chr(10).join(commands))}</pre>" if commands else ""
@@ -204,7 +202,7 @@ def _span(values: Sequence[int]) -> str:
     return str(min(values)) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
 
-def _describe(runs: Sequence[RunResult], settings: Sequence[Setting]) -> str:
+def _describe(runs: Sequence[RunResult]) -> str:
     run = runs[0]
     if not run.parameters:
         return f"{run.agent}, does not learn"
@@ -216,10 +214,10 @@ def _describe(runs: Sequence[RunResult], settings: Sequence[Setting]) -> str:
         for key in ("history", "horizon", "execute")
         if run.config.get(key) is not None
     ]
-    return ", ".join(filter(None, [*facts, _aims(runs, settings)]))
+    return ", ".join(facts)
 
 
-def _aims(runs: Sequence[RunResult], settings: Sequence[Setting]) -> str:
+def _aims(runs: Sequence[RunResult], settings: Sequence[Setting]) -> list[str]:
     """The target returns behind the scores of an agent, by setting where they differ."""
     aims: dict[str, list[str]] = {}
     for setting in settings:
@@ -229,6 +227,6 @@ def _aims(runs: Sequence[RunResult], settings: Sequence[Setting]) -> str:
         if targets:
             aims.setdefault(" or ".join(f"{t:g}" for t in sorted(targets)), []).append(setting.name)
     if len(aims) < 2:
-        return "".join(f"target return {target}" for target in aims)
+        return [f"target return {target}" for target in aims]
     each = "; ".join(f"{target} ({', '.join(names)})" for target, names in aims.items())
-    return f"target returns {each}"
+    return [f"target returns {each}"]

@@ -383,7 +383,8 @@ def described(results: list[RunResult], path) -> dict[str, str]:
     """What the page says of each agent under "How this was measured"."""
     page = write_report(results, path / "report.html").read_text(encoding="utf-8")
     measured = page[page.index("How this was measured") :]
-    return dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", measured))
+    found = re.findall(r"<dt>([^<]*)</dt>((?:<dd>[^<]*</dd>)+)", measured)
+    return {name: "\n".join(re.findall("<dd>([^<]*)</dd>", lines)) for name, lines in found}
 
 
 def test_the_page_names_the_target_of_every_score(results, tmp_path):
@@ -395,8 +396,8 @@ def test_the_page_names_the_target_of_every_score(results, tmp_path):
         results[2],
     ]
     found = described(runs, tmp_path)
-    assert found["ED-Ma BC"].endswith(", execute 5, target return 9.5")
-    assert found["ED-Tr BC"].endswith(", target returns 3600 (reach); 5000 (pick)")
+    assert found["ED-Ma BC"].endswith(", execute 5\ntarget return 9.5")
+    assert found["ED-Tr BC"].endswith("\ntarget returns 3600 (reach); 5000 (pick)")
     assert "target" not in found["D-Ma BC"]
 
 
