@@ -179,8 +179,8 @@ class LocomotionEnv(D4RLEnv):
 class AdroitEnv(D4RLEnv):
     """A 24-joint hand twirls a pen, hammers a nail, opens a door or relocates a ball.
 
-    gymnasium-robotics, version 1, with two repairs toward D4RL: the distance of palm and object
-    costs (there it pays, since its release 1.2.1), and dropping the pen ends the episode.
+    gymnasium-robotics' hands with two repairs toward D4RL: the distance of palm and object costs
+    (in their version 1 it pays, in version 2 it costs), and dropping the pen ends the episode.
 
     Args:
         task: ``"pen"``, ``"hammer"``, ``"door"`` or ``"relocate"``.
@@ -189,23 +189,39 @@ class AdroitEnv(D4RLEnv):
     Raises:
         UnknownNameError: There is no such task.
         MissingDependencyError: gymnasium-robotics is not installed.
+        InvalidInputError: It registers no such hand.
     """
 
     def __init__(self, task: str, render_mode: str | None = None) -> None:
         if task not in _HANDS:
             raise unknown_name("hand task", task, _HANDS)
         module, name = _HANDS[task]
-        warn_physics(self, task, f"gymnasium-robotics' {name.removesuffix('Env')}-v1")
         hands = import_robotics(f"adroit_hand.{module}", task)
+        version = _newest_version(name.removesuffix("Env"))
+        warn_physics(self, task, f"gymnasium-robotics' {name.removesuffix('Env')}-v{version}")
         super().__init__(getattr(hands, name)(render_mode=render_mode), WORLDS[task])
         self.task = task
+        self._distance_pays = version < 2
 
     def judge(self, state: np.ndarray, reward: float, terminated: bool) -> tuple[float, bool]:
-        """Turns the sign of the approach term, and ends when the pen is dropped."""
+        """Charges for the distance of palm and object, and ends when the pen is dropped."""
         if self.task == "pen":
             return reward, bool(state[_PEN_HEIGHT] < _PEN_DROPPED)
+        if not self._distance_pays:
+            return reward, False
         distance = float(np.linalg.norm(_PALM_TO_OBJECT[self.task](state)))
         return reward - 0.2 * distance, False
+
+
+def _newest_version(name: str) -> int:
+    """Version of the one class behind an id, which gymnasium-robotics raises with its rewards."""
+    versions = [spec.version or 0 for spec in gymnasium.registry.values() if spec.name == name]
+    if not versions:
+        raise InvalidInputError(
+            f"The installed gymnasium-robotics registers no {name}, so its rewards are not known. "
+            "Install the tested versions: pip install -c constraints.txt."
+        )
+    return max(versions)
 
 
 class KitchenEnv(D4RLEnv):

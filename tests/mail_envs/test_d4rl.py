@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
 import mail_envs
@@ -61,7 +62,7 @@ def test_every_world_has_d4rls_sizes_and_keeps_gymnasiums_rules(world: str) -> N
     [
         ("hopper", "Gymnasium's Hopper-v4 on MuJoCo"),
         ("antmaze-umaze", "ant with D4RL's motors on MuJoCo"),
-        ("pen", "gymnasium-robotics' AdroitHandPen-v1 on MuJoCo"),
+        ("pen", "gymnasium-robotics' AdroitHandPen-v"),
         ("kitchen-complete", "FrankaKitchen-v1 on MuJoCo"),
     ],
 )
@@ -235,6 +236,35 @@ def test_adroit_rewards_are_d4rls(task: str) -> None:
         _, reward, *_ = env.step(env.action_space.sample())
         inner = env.unwrapped._inner  # type: ignore[attr-defined]
         assert reward == pytest.approx(d4rl_reward(task, inner), abs=1e-9)
+
+
+def test_rewards_that_upstream_repaired_are_not_repaired_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Version 2 of gymnasium-robotics' hands charges for the distance, like D4RL.
+    module = importlib.import_module("gymnasium_robotics.envs.adroit_hand.adroit_relocate")
+
+    class Repaired(module.AdroitHandRelocateEnv):  # type: ignore[name-defined]
+        def step(self, action: np.ndarray) -> Any:
+            state, _, *rest = super().step(action)
+            return state, d4rl_reward("relocate", self), *rest
+
+    monkeypatch.setattr(module, "AdroitHandRelocateEnv", Repaired)
+    spec = EnvSpec("AdroitHandRelocate-v2", "not.used:Here")
+    monkeypatch.setitem(gymnasium.registry, spec.id, spec)
+    with pytest.warns(D4RLPhysicsWarning, match="AdroitHandRelocate-v2"):
+        env = AdroitEnv("relocate")
+    env.reset(seed=3)
+    _, reward, *_ = env.step(np.zeros(30))
+    assert reward == pytest.approx(d4rl_reward("relocate", env._inner), abs=1e-12)
+    assert reward < 0  # the object lies on the table, away from the palm
+
+
+def test_hands_of_unknown_version_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in gymnasium.registry if n.startswith("AdroitHandDoor-")]:
+        monkeypatch.delitem(gymnasium.registry, name)
+    with pytest.raises(InvalidInputError, match="registers no AdroitHandDoor"):
+        AdroitEnv("door")
 
 
 def test_dropping_the_pen_ends_the_episode() -> None:
