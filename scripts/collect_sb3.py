@@ -257,6 +257,12 @@ def measured_references(args: Args, actors: dict[str, dict[str, Any]]) -> dict[s
         episodes = range(args.eval_episodes, args.eval_episodes + args.reference_episodes)
         summary = evaluate(agent, args.env, episodes, seed=args.seed, n_envs=10).summary()
         means[bound] = summary["return_mean"]
+    if means["min"] >= means["max"]:
+        raise InvalidInputError(
+            f"Over {args.reference_episodes} episodes the best actor earns {means['max']:.1f}, no "
+            f"more than the untrained one ({means['min']:.1f}). Start again in another --output, "
+            "with more --train-steps or more --eval-episodes."
+        )
     references = {**means, "source": source}
     write_atomic(file, (json.dumps(references, indent=1) + "\n").encode())
     return references
