@@ -106,7 +106,7 @@ def position_of(cell: Cell) -> np.ndarray:
 
 def maze_xml(maze: str) -> str:
     """MuJoCo description of ant and walls."""
-    assets = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+    assets = Path(gymnasium.__path__[0]) / "envs" / "mujoco" / "assets"
     root = ET.parse(assets / "ant.xml").getroot()
     _find(root, "option").set("timestep", "0.02")
     contacts = _find(root, "default/geom")
