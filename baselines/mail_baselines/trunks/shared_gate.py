@@ -7,7 +7,7 @@ outer one, and both convolutions are depthwise, as in Mamba.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -139,4 +139,4 @@ class SharedGateBlock(nn.Module):
     def _merge(self, groups: Tensor) -> Tensor:
         """Maps groups (..., size, D) to (..., D), every channel by itself."""
         merged = (groups * self.group_conv.weight.squeeze(1).T).sum(-2)
-        return F.silu(merged + self.group_conv.bias)
+        return F.silu(merged + cast(Tensor, self.group_conv.bias))
