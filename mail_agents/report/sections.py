@@ -187,8 +187,9 @@ def curves(results: Sequence[RunResult]) -> str:
         return ""
     note = (
         "Error or loss, as written above each chart, against updates, smoothed; with several "
-        "seeds, their mean and range. The squared error to the recorded actions means the same "
-        "for all agents of a dataset, a loss only for agents that minimise the same. A lower curve "
+        "seeds, their mean and range. The action error is the mean squared error to the recorded "
+        "actions, the same for all agents of a dataset; a loss means the same only for agents that "
+        "minimise the same. A lower curve "
         "is not a better agent, and the curve of one that sees the actions it predicts says "
         "nothing beside others; such an agent is named where this page says how it was measured."
     )

@@ -332,7 +332,7 @@ def summarise_run(
             (row["step"], row.get("action_error", row.get("action_loss", row["loss"])))
             for row in rows
         ],
-        curve_label="squared error to the recorded actions" if recorded else objective,
+        curve_label="action error" if recorded else objective,
         evaluations=named,
         config=agent.config.to_dict(),
         videos=recorded_videos(evaluation_directory(run, steps)),

@@ -264,7 +264,7 @@ def test_a_run_without_references_or_targets(tmp_path):
         (
             [{"loss": 3.0, "action_loss": 1.0}, {"loss": 2, "action_loss": 0.1, "action_error": 4}],
             [1.0, 4.0],
-            "squared error to the recorded actions",
+            "action error",
         ),
     ],
 )
