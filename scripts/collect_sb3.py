@@ -39,6 +39,7 @@ from mail_agents.data.store import StoreDataset, open_dataset
 from mail_agents.data.writer import StoreWriter
 from mail_agents.errors import InvalidInputError, MailAgentsError, require
 from mail_agents.features import FeatureSpec
+from mail_agents.report.scores import normalised_score
 from mail_agents.seeding import derive_env_seed, derive_seed
 from mail_agents.storage import write_atomic
 from mail_baselines.sb3 import SB3Agent, from_model
@@ -315,14 +316,15 @@ def main(args: Args) -> list[StoreDataset]:
     torch.set_num_threads(args.threads)
     world = describe(args.env)
     actors = choose(train(args, world), args.medium)
+    folder = args.folder("training")
     for kind, actor in actors.items():
-        load_actor(args, actor).save(args.folder("training") / f"{kind}.safetensors")
+        chosen = (folder / "actors" / actor["file"]).read_bytes()
+        write_atomic(folder / f"{kind}.safetensors", chosen)
     references = measured_references(args, actors)
     datasets = [record(args, kind, world, actors, references) for kind in KINDS]
 
     name = Column("dataset", overflow="fold")
     table = Table(name, "episodes", "transitions", "return", "normalised")
-    low, high = references["min"], references["max"]
     for dataset in datasets:
         returns = dataset.episode_returns
         table.add_row(
@@ -330,7 +332,7 @@ def main(args: Args) -> list[StoreDataset]:
             f"{len(dataset)}",
             f"{dataset.info.n_steps:,}",
             f"{returns.mean():.0f} ± {returns.std():.0f}",
-            f"{100 * (returns.mean() - low) / (high - low):.1f}",
+            f"{normalised_score(returns, references).mean():.1f}",
         )
     console.print(table)
     for dataset in datasets:

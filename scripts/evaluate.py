@@ -21,10 +21,11 @@ from rich.console import Console
 
 import mail_agents
 from mail_agents.agent import Agent
+from mail_agents.data.references import from_dataset
 from mail_agents.errors import InvalidInputError, MailAgentsError, UnknownNameError
 from mail_agents.features import FeatureSpec
 from mail_agents.report.results import RunResult, group_by_task, save_results
-from mail_agents.report.scores import from_dataset, normalised_score
+from mail_agents.report.scores import normalised_score
 from mail_agents.report.summary import score_lines
 from mail_agents.rollout import Evaluation
 from mail_agents.storage import write_atomic

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mail_agents.data.references import Reference
     from mail_agents.report.html import write_report
     from mail_agents.report.plots import learning_curves, performance_profiles, success_bars
     from mail_agents.report.published import PublishedTable
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
         load_results,
         save_results,
     )
-    from mail_agents.report.scores import Reference, normalised_score
+    from mail_agents.report.scores import normalised_score
     from mail_agents.report.summary import headline
     from mail_agents.report.tables import (
         overview_rows,

@@ -12,8 +12,8 @@ from typing import Any
 
 import dacite
 
+from mail_agents.data.references import Reference
 from mail_agents.errors import CorruptFileError, InvalidInputError
-from mail_agents.report.scores import Reference
 from mail_agents.storage import write_atomic
 
 _FORMAT = "mail-agents-results"

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mail_agents.data.references import Reference
 from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import RunResult, TaskResult
-from mail_agents.report.scores import Reference, normalised_score
+from mail_agents.report.scores import normalised_score
 
 #: ``success``: share of solved episodes in [0, 1]. ``score``: normalised return in percent (or the
 #: success rate in percent, beside normalised returns). ``return``: raw return.

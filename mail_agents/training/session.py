@@ -15,10 +15,10 @@ from mail_agents.checkpoint import (
     restore_training_state,
 )
 from mail_agents.config import AgentConfig
+from mail_agents.data.references import from_dataset
 from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import RunResult, save_results
-from mail_agents.report.scores import from_dataset
 from mail_agents.report.settings import mean_score
 from mail_agents.report.summary import score_lines
 from mail_agents.rollout import Evaluation

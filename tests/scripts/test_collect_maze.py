@@ -8,10 +8,11 @@ import gymnasium
 import numpy as np
 import pytest
 
+from mail_agents.data.references import from_dataset
 from mail_agents.data.store import open_dataset, verify_dataset
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
-from mail_agents.report.scores import from_dataset, normalised_score
+from mail_agents.report.scores import normalised_score
 
 pytest.importorskip("gymnasium_robotics", reason="gymnasium-robotics is not installed ('sim')")
 

@@ -7,9 +7,9 @@ import pytest
 from toybox.world import ENV_ID, make_dataset
 
 import mail_agents
+from mail_agents.data.references import Reference
 from mail_agents.data.store import open_dataset
 from mail_agents.report.results import load_results
-from mail_agents.report.scores import Reference
 
 
 @pytest.fixture

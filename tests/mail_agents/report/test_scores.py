@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mail_agents.data.references import from_dataset
 from mail_agents.errors import InvalidInputError
 from mail_agents.report import Reference, normalised_score
-from mail_agents.report.scores import from_dataset
 
 HOPPER = Reference(-20.272305, 3234.3, "d4rl:hopper")
 

@@ -10,10 +10,10 @@ from toybox.world import ENV_ID, demonstrations
 
 import mail_agents
 from mail_agents.data.dataset import MemoryDataset
+from mail_agents.data.references import Reference
 from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import FeatureMismatchError, InvalidInputError
 from mail_agents.report.results import load_results, save_results
-from mail_agents.report.scores import Reference
 from mail_agents.report.summary import score_lines
 from mail_agents.suite import evaluation_directory
 from mail_agents.training.runs import RunArguments
