@@ -275,7 +275,8 @@ def evaluate(
     episodes: int | Sequence[int],
     *,
     seed: int = 0,
-    n_envs: int = 1,
+    n_envs: int | None = None,
+    workers: int = 1,
     task: str | None = None,
     deterministic: bool = False,
     env_kwargs: Mapping[str, Any] | None = None,
@@ -292,7 +293,9 @@ def evaluate(
             environment.
         episodes: How many episodes to run, or which episode indices; all of them count.
         seed: Root seed; episode ``i`` depends on ``(seed, i)`` only.
-        n_envs: Environments stepped side by side, sharing each network call.
+        n_envs: Environments stepped side by side, sharing each network call; None takes what the
+            environment suggests in ``metadata["parallel"]``, else 20.
+        workers: Processes that host the environments; 1 hosts them here.
         task: Task given to the agent, for language-conditioned agents.
         deterministic: Whether the agent leaves out sampling noise.
         env_kwargs: Passed to ``gymnasium.make`` when ``env`` is an id.
@@ -309,7 +312,8 @@ def evaluate(
         InvalidInputError: A number is out of range, or the agent does not use target returns.
     """
     indices = range(episodes) if isinstance(episodes, int) else list(episodes)
-    if not indices or min(indices) < 0 or len(set(indices)) < len(indices) or n_envs < 1:
+    n_envs = 20 if n_envs is None else n_envs
+    if n_envs < 1 or not indices or min(indices) < 0 or len(set(indices)) < len(indices):
         raise InvalidInputError(
             "At least one environment and one episode are needed, and episode indices must be "
             f"distinct and not negative; got {episodes=}, {n_envs=}."

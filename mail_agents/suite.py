@@ -139,7 +139,8 @@ def evaluate_worlds(
     n_episodes: int,
     *,
     seed: int,
-    n_envs: int = 1,
+    n_envs: int | None = None,
+    workers: int = 1,
     deterministic: bool = False,
     target_returns: Sequence[float] = (),
     directory: Path | None = None,
@@ -156,7 +157,8 @@ def evaluate_worlds(
         worlds: The tasks' environments, see :func:`worlds_of`.
         n_episodes: Episodes per task.
         seed: Root seed of the episodes.
-        n_envs: Environments side by side.
+        n_envs: Environments side by side; None takes what each environment suggests, else 20.
+        workers: Processes that host the environments; 1 hosts them here.
         deterministic: Whether the agent leaves out sampling noise.
         target_returns: Returns to aim for; none named means the agent's own. Results of all but the
             first go into ``target-<value>`` inside the task's folder.
@@ -188,7 +190,13 @@ def evaluate_worlds(
         )
         folder = None if directory is None else task_directory(directory, world.task)
         for number, target in enumerate(target_returns or (None,)):
-            found = play(n_episodes, n_envs=n_envs, env_kwargs=world.kwargs, target_return=target)
+            found = play(
+                n_episodes,
+                n_envs=n_envs,
+                workers=workers,
+                env_kwargs=world.kwargs,
+                target_return=target,
+            )
             aimed = found.protocol["target_return"]
             say(f"{world.task}{'' if aimed is None else f', target {aimed:g}'}: {found}")
             if folder is not None:
