@@ -16,6 +16,11 @@ from mail_agents.errors import FeatureMismatchError, InvalidInputError, unknown_
 Kind = Literal["state", "image", "pointcloud", "text", "scalar"]
 _KINDS: tuple[str, ...] = get_args(Kind)
 
+#: Which way up images are: "upright"; "raw", rows from bottom to top as OpenGL reads them, which
+#: LIBERO's files and stock robosuite observations hold; "rot180", raw with left and right swapped.
+Orientation = Literal["raw", "upright", "rot180"]
+ORIENTATIONS: tuple[str, ...] = get_args(Orientation)
+
 #: Name given to the single observation of an environment whose observation space is not a Dict.
 DEFAULT_KEY = "state"
 
@@ -32,6 +37,7 @@ class Feature:
         high: Upper bounds, like ``low``.
         n: Number of values of a discrete feature, or None; they are ``0..n-1`` unless bounds say
             otherwise.
+        orientation: Which way up images are, or None when nobody stated it.
     """
 
     kind: Kind
@@ -40,12 +46,20 @@ class Feature:
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
     n: int | None = None
+    orientation: Orientation | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise InvalidInputError(
                 f"Feature kind {self.kind!r} is not one of {', '.join(_KINDS)}."
             )
+        if self.orientation is not None:
+            _check_orientation(self.orientation)
+            if self.kind != "image":
+                raise InvalidInputError(
+                    f"A {self.kind} feature has no orientation ({self.orientation!r} was given); "
+                    "only images have one."
+                )
 
     @property
     def size(self) -> int:
@@ -87,6 +101,8 @@ class Feature:
             out["high"] = list(self.high)
         if self.n is not None:
             out["n"] = self.n
+        if self.orientation is not None:
+            out["orientation"] = self.orientation
         return out
 
     @classmethod
@@ -100,6 +116,7 @@ class Feature:
             low=None if low is None else tuple(float(x) for x in low),
             high=None if high is None else tuple(float(x) for x in high),
             n=None if data.get("n") is None else int(data["n"]),
+            orientation=data.get("orientation"),
         )
 
     @classmethod
@@ -107,6 +124,43 @@ class Feature:
         """Describes recorded data; ``leading`` axes (time) are not part of the shape."""
         shape = tuple(array.shape[leading:])
         return cls(kind=_kind_of(shape, array.dtype), shape=shape, dtype=_dtype_name(array.dtype))
+
+
+def _check_orientation(orientation: object) -> None:
+    if orientation not in ORIENTATIONS:
+        raise InvalidInputError(
+            f"Image orientation {orientation!r} is not one of {', '.join(ORIENTATIONS)}."
+        )
+
+
+class ImageSpace(spaces.Box):
+    """Images ``(height, width, channels)`` uint8 0..255 that know which way up they are.
+
+    For environments: :meth:`FeatureSpec.from_spaces` reads the orientation, so that an agent
+    trained on upside-down images is refused where it would see upright ones.
+
+    Args:
+        shape: ``(height, width, channels)``.
+        orientation: "raw", "upright" or "rot180"; None when unknown.
+        seed: See :class:`gymnasium.spaces.Box`.
+
+    Raises:
+        InvalidInputError: The orientation is none of these.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        orientation: Orientation | None = None,
+        seed: int | np.random.Generator | None = None,
+    ) -> None:
+        if orientation is not None:
+            _check_orientation(orientation)
+        super().__init__(0, 255, shape, np.uint8, seed)
+        self.orientation: Orientation | None = orientation
+
+    def __repr__(self) -> str:
+        return f"ImageSpace({self.shape}, orientation={self.orientation!r})"
 
 
 def _dtype_name(dtype: np.dtype) -> str:
@@ -134,11 +188,14 @@ def _from_leaf_space(space: spaces.Space) -> Feature:
             dtype=space.dtype.name,
             low=tuple(map(float, space.low.ravel())) if keep else None,
             high=tuple(map(float, space.high.ravel())) if keep else None,
+            orientation=space.orientation if isinstance(space, ImageSpace) else None,
         )
     if isinstance(space, spaces.Discrete):
         first, n = int(space.start), int(space.n)
-        bounds = {} if first == 0 else {"low": (float(first),), "high": (float(first + n - 1),)}
-        return Feature("scalar", (), np.dtype(space.dtype).name, n=n, **bounds)
+        dtype = np.dtype(space.dtype).name
+        if first == 0:
+            return Feature("scalar", (), dtype, n=n)
+        return Feature("scalar", (), dtype, (float(first),), (float(first + n - 1),), n)
     if isinstance(space, spaces.MultiBinary):
         shape = tuple(space.shape)
         return Feature(kind="state", shape=shape, dtype=np.dtype(space.dtype).name)
@@ -269,7 +326,7 @@ class FeatureSpec:
         """Lists what an agent built for ``self`` would miss or misread in ``other``.
 
         Keys that only ``other`` has are not differences: an agent may ignore observations. Action
-        bounds are compared only when both sides know them.
+        bounds and image orientations are compared only when both sides know them.
         """
         lines = []
         for key, feature in sorted(self.observations.items()):
@@ -281,6 +338,14 @@ class FeatureSpec:
                 lines.append(
                     f"observation {key!r}: expected {feature.kind} {feature.shape}, "
                     f"found {found.kind} {found.shape}"
+                )
+            elif None not in (feature.orientation, found.orientation) and (
+                feature.orientation != found.orientation
+            ):
+                lines.append(
+                    f"images {key!r}: expected orientation {feature.orientation}, found "
+                    f"{found.orientation} (environments here take orientation="
+                    f"{feature.orientation!r})"
                 )
         expected, found = self.action, other.action
         if (found.shape, found.n) != (expected.shape, expected.n):

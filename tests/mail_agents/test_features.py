@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mail_agents.errors import FeatureMismatchError, InvalidInputError, UnknownNameError
-from mail_agents.features import Feature, FeatureSpec, as_mapping, flatten
+from mail_agents.features import Feature, FeatureSpec, ImageSpace, as_mapping, flatten
 
 
 def box(*shape, low=-1.0, high=1.0, dtype=np.float32):
@@ -169,3 +171,36 @@ def test_a_discrete_space_may_start_elsewhere() -> None:
     box = spaces.Box(-1, 1, (2,), np.float32)
     action = FeatureSpec.from_spaces(box, spaces.Discrete(3, start=5)).action
     assert (action.n, action.low, action.high) == (3, (5.0,), (7.0,))
+
+
+def image_spec(orientation):
+    return FeatureSpec.from_spaces(
+        spaces.Dict({"camera": ImageSpace((8, 9, 3), orientation)}), box(3)
+    )
+
+
+@pytest.mark.parametrize("orientation", ["raw", "upright", "rot180", None])
+def test_orientation_travels_with_the_schema(orientation):
+    space = copy.deepcopy(pickle.loads(pickle.dumps(ImageSpace((8, 9, 3), orientation))))
+    assert space.orientation == orientation
+    assert space.contains(np.zeros((8, 9, 3), np.uint8))
+    spec = image_spec(orientation)
+    assert spec.observations["camera"] == Feature(
+        "image", (8, 9, 3), "uint8", orientation=orientation
+    )
+    assert FeatureSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_orientations_differ_only_when_both_are_stated():
+    image_spec("raw").check(image_spec("raw"))
+    image_spec("raw").check(image_spec(None))
+    image_spec(None).check(image_spec("upright"))
+    with pytest.raises(FeatureMismatchError, match="expected orientation raw, found upright"):
+        image_spec("raw").check(image_spec("upright"))
+
+
+def test_unknown_and_misplaced_orientations_are_refused():
+    with pytest.raises(InvalidInputError, match=r"'flipped' is not one of raw, upright, rot180"):
+        ImageSpace((8, 9, 3), "flipped")
+    with pytest.raises(InvalidInputError, match="only images have one"):
+        Feature("state", (3,), "float32", orientation="raw")
