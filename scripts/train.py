@@ -61,10 +61,7 @@ class Args(RunArguments):
 
 def main(args: Args) -> None:
     """Trains, evaluates and reports."""
-    if min(args.steps, args.save_every, args.log_every, args.eval_envs) < 1:
-        raise InvalidInputError("--steps, --save-every, --log-every and --eval-envs start at 1.")
-    if min(args.eval_episodes, args.eval_every, args.videos) < 0:
-        raise InvalidInputError("--eval-episodes, --eval-every and --videos start at 0 (none).")
+    args.check_counts("steps", "save_every", "log_every")
     dataset = mail_agents.open_dataset(args.dataset)
     train, held_out = split_episodes(len(dataset), args.validation, args.seed)
     agent, state, windows, sampler = open_run(args, dataset, train)

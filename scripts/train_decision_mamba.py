@@ -70,10 +70,7 @@ class Args(RunArguments):
 
 def main(args: Args) -> None:
     """Trains stage by stage, evaluates and reports."""
-    if min(args.stages, args.eval_every, args.log_every, args.eval_envs) < 1:
-        raise InvalidInputError("--stages, --eval-every, --log-every and --eval-envs start at 1.")
-    if min(args.eval_episodes, args.videos) < 0:
-        raise InvalidInputError("--eval-episodes and --videos start at 0 (none).")
+    args.check_counts("stages", "eval_every", "log_every")
     if not isinstance(args.config, DecisionMambaConfig | MultiGrainedConfig):
         raise InvalidInputError(
             f"{args.agent!r} is no Decision Mamba; train it with scripts/train.py."

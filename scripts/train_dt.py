@@ -65,10 +65,7 @@ class Args(RunArguments):
 
 def main(args: Args) -> None:
     """Trains iteration by iteration, evaluates and reports."""
-    if min(args.iterations, args.updates, args.log_every, args.eval_envs) < 1:
-        raise InvalidInputError("--iterations, --updates, --log-every and --eval-envs start at 1.")
-    if min(args.eval_episodes, args.videos) < 0:
-        raise InvalidInputError("--eval-episodes and --videos start at 0 (none).")
+    args.check_counts("iterations", "updates", "log_every")
     if not isinstance(args.config, DTConfig):
         raise InvalidInputError(
             f"{args.agent!r} is no Decision Transformer; train it with scripts/train.py."

@@ -74,10 +74,7 @@ def select_episodes(dataset: TrajectoryDataset, args: Args) -> list[int]:
 
 def main(args: Args) -> None:
     """Trains epoch by epoch, evaluates and reports."""
-    if min(args.epochs, args.eval_envs) < 1 or min(args.eval_episodes, args.videos) < 0:
-        raise InvalidInputError(
-            "--epochs and --eval-envs start at 1, --eval-episodes and --videos at 0 (none)."
-        )
+    args.check_counts("epochs")
     if not args.agent.startswith("mail/"):
         raise InvalidInputError(f"{args.agent!r} is no MaIL agent; train it with scripts/train.py.")
     dataset = mail_agents.open_dataset(args.dataset)

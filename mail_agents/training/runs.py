@@ -52,8 +52,10 @@ class RunArguments:
     """Episodes per task; 0 for no evaluation."""
     eval_seed: int = 0
     """Seeds the evaluation episodes; the same for every training seed, so runs are paired."""
-    eval_envs: int = 20
-    """Environments stepped side by side."""
+    eval_envs: int | None = None
+    """Environments stepped side by side; None takes what the environment suggests, else 20."""
+    eval_workers: int = 1
+    """Processes that host the environments."""
     videos: int = 0
     """Successful and failed episodes to record per task at the end."""
     device: str = "auto"
@@ -71,6 +73,26 @@ class RunArguments:
         if self.resume is not None:
             return Path(self.resume)
         return Path(self.output or f"runs/{self.agent.replace('/', '-')}-s{self.seed}")
+
+    def check_counts(self, *names: str) -> None:
+        """Refuses numbers that are too small, by the flag that gave them.
+
+        Args:
+            names: Further fields that start at 1, those of one script.
+
+        Raises:
+            InvalidInputError: A number is too small.
+        """
+        smallest = dict.fromkeys((*names, "eval_envs", "eval_workers"), 1)
+        for name in ("eval_episodes", "eval_every", "videos"):
+            smallest.setdefault(name, 0)
+        for name, bound in smallest.items():
+            value = getattr(self, name, None)
+            if value is not None and value < bound:
+                meaning = "" if bound else " (none)"
+                raise InvalidInputError(
+                    f"--{name.replace('_', '-')} starts at {bound}{meaning}; got {value}."
+                )
 
 
 A = TypeVar("A", bound=RunArguments)

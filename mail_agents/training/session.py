@@ -278,6 +278,7 @@ def evaluator(
         arguments.eval_episodes,
         seed=arguments.eval_seed,
         n_envs=arguments.eval_envs,
+        workers=arguments.eval_workers,
         target_returns=target_returns,
         say=say,
     )

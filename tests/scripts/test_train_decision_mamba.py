@@ -134,7 +134,7 @@ def test_killed_and_resumed_a_run_ends_in_the_same_bits(
         (("--agent", "bc"), "'bc' is no Decision Mamba"),
         (("--agent", "mail/d-ma-bc"), "'mail/d-ma-bc' is no Decision Mamba"),
         (("--stages", 0), "--stages"),
-        (("--videos", -1), "--eval-episodes and --videos start at 0"),
+        (("--videos", -1), "starts at 0 (none); got -1"),
         ((*TINY, "--config.self-evolution.alpha-cap", 2), "alpha_cap"),
         ((*TINY, "--config.optim.lr", 1e30, "--stages", 9), "Lower --config.optim.lr"),
     ],

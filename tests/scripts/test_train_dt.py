@@ -147,7 +147,7 @@ def test_data_that_d4rl_published_sets_the_agent_up(train, tmp_path):
         (("--agent", "dm"), "'dm' is no Decision Transformer"),
         (("--agent", "dtt"), "Did you mean"),
         (("--updates", 0), "--updates"),
-        (("--eval-episodes", -1), "--eval-episodes and --videos start at 0"),
+        (("--eval-episodes", -1), "starts at 0 (none); got -1"),
         ((*TINY, "--config.max-timestep", 3), "--config.max-timestep"),
         ((*TINY, "--target-returns", 1, 1), "Target returns must"),
         ((*TINY, "--config.optim.lr", 1e30, "--updates", 50), "Lower --config.optim.lr"),
