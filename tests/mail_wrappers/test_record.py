@@ -144,3 +144,37 @@ def test_it_is_a_valid_gymnasium_wrapper():
     from gymnasium.utils.env_checker import check_env
 
     check_env(RecordEpisodes(gymnasium.make("CartPole-v1").unwrapped), skip_render_check=True)
+
+
+class Stateful(Counter):
+    """Names its simulator state, which it keeps in a buffer that it reuses."""
+
+    def __init__(self, forget=False):
+        super().__init__()
+        self.metadata = {**self.metadata, "record_infos": ("state",)}
+        self.forget = forget
+        self.state = np.zeros(3)
+
+    def reset(self, *, seed=None, options=None):
+        self.state[:] = 0
+        return super().reset(seed=seed)[0], {"state": self.state}
+
+    def step(self, action):
+        *rest, info = super().step(action)
+        self.state += 1
+        return *rest, info if self.forget else {**info, "state": self.state}
+
+
+def test_arrays_of_info_that_the_environment_names_are_kept():
+    env = RecordEpisodes(gymnasium.wrappers.TimeLimit(Stateful(), 100), task="count")
+    for _ in range(2):
+        run(env)
+    for episode in env.episodes:
+        assert list(episode.infos) == ["states"]
+        assert episode.infos["states"].tolist() == [[i] * 3 for i in range(5)]
+
+
+def test_an_array_that_is_named_but_missing_is_an_error():
+    env = RecordEpisodes(Stateful(forget=True))
+    with pytest.raises(InvalidInputError, match=r"names 'state' .* but its info has only success"):
+        run(env)

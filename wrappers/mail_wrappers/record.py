@@ -24,6 +24,10 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     ``meta["success"]`` is true if ``info["success"]`` or ``info["is_success"]`` was true at any
     step, and absent if the environment never reports either.
 
+    Arrays of ``info`` that the environment names in ``metadata["record_infos"]`` are kept too: with
+    ``("state",)`` every ``info["state"]``, of reset and of all T steps, becomes the episode's
+    ``infos["states"]`` ``(T+1, ...)``.
+
     >>> env = RecordEpisodes(gymnasium.make("CartPole-v1"))
     >>> observation, info = env.reset(seed=3)
     >>> for _ in range(5):
@@ -43,7 +47,8 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         episodes: Episodes so far, when there is no sink.
 
     Raises:
-        InvalidInputError: The action space is a Dict or Tuple, or a vector environment is given.
+        InvalidInputError: The action space is a Dict or Tuple, a vector environment is given, or
+            (later) an ``info`` lacks an array that the environment names.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         self.episodes: list[Episode] = []
         self.task = task if task is not None or env.spec is None else env.spec.id
         self.only_successful = only_successful
+        self._recorded: tuple[str, ...] = tuple(env.metadata.get("record_infos", ()))
         if sink is None:
             self._deliver: Callable[[Episode], Any] = self.episodes.append
         elif isinstance(sink, StoreWriter):
@@ -98,6 +104,7 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         self._actions: list[np.ndarray] = []
         self._rewards: list[float] = []
         self._ends: list[tuple[bool, bool]] = []
+        self._infos: dict[str, list[np.ndarray]] = {name: [] for name in self._recorded}
         self._success: bool | None = None
 
     def reset(
@@ -107,14 +114,14 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         self._finish()
         observation, info = self.env.reset(seed=seed, options=options)
         self._begin(seed, options)
-        self._observe(observation)
+        self._observe(observation, info)
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Steps the environment and records what happened."""
         taken = np.array(action, copy=True)
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self._observe(observation)
+        self._observe(observation, info)
         self._actions.append(taken)
         self._rewards.append(float(reward))
         self._ends.append((bool(terminated), bool(truncated)))
@@ -130,8 +137,15 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         self._finish()
         self.env.close()
 
-    def _observe(self, observation: Any) -> None:
+    def _observe(self, observation: Any, info: dict[str, Any]) -> None:
         self._observations.append({k: np.array(v) for k, v in as_mapping(observation).items()})
+        for name, rows in self._infos.items():
+            if name not in info:
+                raise InvalidInputError(
+                    f"{self.env} names {name!r} in metadata['record_infos'], but its info has only "
+                    f"{', '.join(sorted(info)) or 'nothing'}. Report it in reset and every step."
+                )
+            rows.append(np.array(info[name]))
 
     def _finish(self) -> None:
         if self._actions:
@@ -165,4 +179,5 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
             task=self.task,
             seed=self._seed,
             meta=meta,
+            infos={f"{name}s": np.stack(rows) for name, rows in self._infos.items()},
         )
