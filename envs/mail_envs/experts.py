@@ -10,7 +10,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -22,12 +22,18 @@ from mail_agents.data.env_specs import importable_id
 from mail_agents.data.episode import Episode
 from mail_agents.errors import InvalidInputError, MailAgentsError, require, unknown_name
 from mail_agents.seeding import derive_env_seed
+from mail_envs import METAWORLD_TASKS, list_worlds
 from mail_wrappers.record import RecordEpisodes
 
 #: Attempts per wanted episode before :func:`collect_episodes` gives up.
 ATTEMPTS_PER_EPISODE = 5
 
-_PROVENANCE = ("gymnasium", "metaworld", "mujoco", "numpy")
+#: Distributions whose versions decide what an expert does; those not installed are left out.
+_PROVENANCE: Mapping[str, tuple[str, ...]] = {
+    "metaworld": ("gymnasium", "metaworld", "mujoco", "numpy"),
+    "libero": ("gymnasium", "hf-libero", "libero", "mujoco", "numpy", "robosuite"),
+    "robosuite": ("gymnasium", "mujoco", "numpy", "robosuite"),
+}
 
 
 class ExpertFailedError(MailAgentsError, RuntimeError):
@@ -36,6 +42,9 @@ class ExpertFailedError(MailAgentsError, RuntimeError):
 
 class ScriptedExpert(Protocol):
     """A hand-written controller of one environment; it may look inside the simulator.
+
+    An expert may also have ``noise_scale``, an array of the action's shape: what one unit of noise
+    means in each dimension, 1 when absent (a gripper that is a switch gains nothing from noise).
 
     Attributes:
         name: What to write into a dataset's provenance.
@@ -76,7 +85,80 @@ class MetaWorldExpert:
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
 
-_EXPERTS: Mapping[str, Callable[[gymnasium.Env], ScriptedExpert]] = {"metaworld": MetaWorldExpert}
+def _libero_expert(env: gymnasium.Env) -> ScriptedExpert:
+    from mail_envs.libero_expert import LiberoExpert  # imports MuJoCo
+
+    return LiberoExpert(env)
+
+
+_EXPERTS: Mapping[str, Callable[[gymnasium.Env], ScriptedExpert]] = {
+    "metaworld": MetaWorldExpert,
+    "libero": _libero_expert,
+}
+
+
+def world_of(env_id: str) -> str:
+    """The family of a world: ``"libero"`` for ``mail_envs:libero_object/<task>``."""
+    world = env_id.partition("/")[0].rpartition(":")[2]
+    return "libero" if world.startswith("libero_") else world
+
+
+def collection_kwargs(env_id: str) -> dict[str, Any]:
+    """Keyword arguments of the environment that an expert acts in, where policies want others.
+
+    LIBERO's demonstrations start from newly drawn placements, so that the stored initial states of
+    the evaluation stay unseen.
+    """
+    return {"initial": "sampled"} if world_of(env_id) == "libero" else {}
+
+
+def resolve_tasks(patterns: Sequence[str]) -> dict[str, str]:
+    """Environment ids by task name, in the order given, patterns replaced by what they match.
+
+    Args:
+        patterns: Shell-style patterns for the part after ``mail_envs:``, for example
+            ``"libero_object/*"``; without a slash they are Meta-World's (``"door-*"``).
+
+    Raises:
+        UnknownNameError: A pattern matches nothing.
+        InvalidInputError: Two environments have the same task name.
+    """
+    tasks: dict[str, str] = {}
+    for pattern in patterns:
+        found = list_worlds(pattern if "/" in pattern else f"metaworld/{pattern}")
+        if not found:
+            raise _unknown_task(pattern)
+        for env_id in found:
+            other = tasks.setdefault(env_id.rpartition("/")[2], env_id)
+            if other != env_id:
+                raise InvalidInputError(
+                    f"{env_id} and {other} have the same task name, which a dataset cannot tell "
+                    "apart. Collect them into different datasets."
+                )
+    return tasks
+
+
+def _unknown_task(pattern: str) -> MailAgentsError:
+    if "/" not in pattern:
+        hint = "Tasks of other worlds are named with their suite, as in 'libero_object/*'."
+        return unknown_name("Meta-World task", pattern, METAWORLD_TASKS, hint)
+    suite = pattern.partition("/")[0]
+    names = [env_id.partition(":")[2] for env_id in list_worlds()]
+    suites = sorted({name.partition("/")[0] for name in names})
+    if suite not in suites:
+        return unknown_name("world", suite, suites)
+    return unknown_name("task", pattern, [n for n in names if n.startswith(f"{suite}/")])
+
+
+def parse_env_kwargs(given: Mapping[str, str]) -> dict[str, Any]:
+    """Keyword arguments from a command line, each value in JSON where it parses, else text."""
+    kwargs: dict[str, Any] = {}
+    for name, value in given.items():
+        try:
+            kwargs[name] = json.loads(value)
+        except json.JSONDecodeError:
+            kwargs[name] = value
+    return kwargs
 
 
 def make_expert(env: gymnasium.Env) -> ScriptedExpert:
@@ -84,9 +166,10 @@ def make_expert(env: gymnasium.Env) -> ScriptedExpert:
 
     Raises:
         UnknownNameError: There is no expert for this world.
+        InvalidInputError: There is one, but the task is beyond it.
     """
     name = env.spec.id if env.spec else type(env.unwrapped).__name__
-    world = name.partition("/")[0].rpartition(":")[2]
+    world = world_of(name)
     if world not in _EXPERTS:
         raise unknown_name("world with a scripted expert", world, _EXPERTS, f"Environment: {name}.")
     return _EXPERTS[world](env)
@@ -104,7 +187,8 @@ def run_attempt(
 
     Attempt ``i`` depends on ``seed``, ``i`` and ``noise_std`` alone. With noise, a Gaussian
     perturbation is added to the expert's action, which is clipped and executed; the executed action
-    is the one recorded, so the data are a trajectory that happened, of a noisy expert.
+    is the one recorded, so the data are a trajectory that happened, of a noisy expert. An expert
+    may scale the noise per dimension, see :class:`ScriptedExpert`.
 
     Args:
         env: Environment made by ``gymnasium.make``.
@@ -125,6 +209,7 @@ def run_attempt(
     env_seed = derive_env_seed(seed, "data", attempt)
     # The second word separates this stream from the environment's, which starts at env_seed.
     noise = np.random.default_rng([env_seed, 1])
+    scale = noise_std * getattr(expert, "noise_scale", 1.0)
     low, high = env.action_space.low, env.action_space.high  # type: ignore[attr-defined]
     env_id = importable_id(env.spec) if env.spec else type(env.unwrapped).__name__
     task = env_id.rpartition("/")[2]
@@ -135,7 +220,7 @@ def run_attempt(
     while not (terminated or truncated):
         action = expert.act(observation)
         if noise_std > 0.0:
-            action = np.clip(action + noise.normal(0.0, noise_std, action.shape), low, high)
+            action = np.clip(action + scale * noise.normal(0.0, 1.0, action.shape), low, high)
         action = action.astype(env.action_space.dtype)
         observation, _, terminated, truncated, _ = recorder.step(action)
     (episode,) = recorder.episodes
@@ -145,7 +230,7 @@ def run_attempt(
         "expert": expert.name,
         "noise_std": float(noise_std),
         "attempt": attempt,
-        "versions": dict(_versions()),
+        "versions": dict(_versions(world_of(env_id))),
     }
     return dataclasses.replace(episode, meta={**episode.meta, **provenance})
 
@@ -291,10 +376,15 @@ def _attempt(env_id: str, kwargs: str, seed: int, noise_std: float, attempt: int
 # Which environment plays an attempt cannot be seen in the result: a reset leaves nothing behind.
 @lru_cache(maxsize=1)
 def _env_and_expert(env_id: str, kwargs: str) -> tuple[gymnasium.Env, ScriptedExpert]:
+    _env_and_expert.cache_clear()  # a scene of LIBERO takes over a gigabyte: never hold two
     env = gymnasium.make(env_id, **json.loads(kwargs))
     return env, make_expert(env)
 
 
-@lru_cache(maxsize=1)
-def _versions() -> tuple[tuple[str, str], ...]:
-    return tuple((name, importlib.metadata.version(name)) for name in _PROVENANCE)
+@lru_cache
+def _versions(world: str) -> tuple[tuple[str, str], ...]:
+    found = []
+    for name in _PROVENANCE.get(world, ("gymnasium", "numpy")):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append((name, importlib.metadata.version(name)))
+    return tuple(found)

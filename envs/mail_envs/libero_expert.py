@@ -1,0 +1,191 @@
+"""A scripted expert for the pick-and-place tasks of LIBERO (Liu et al. 2023)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import gymnasium
+import numpy as np
+
+from mail_agents.errors import InvalidInputError
+from mail_envs.pick_place import (
+    CLOSE,
+    NOISE_SCALE,
+    OPEN,
+    Extent,
+    Hand,
+    Motion,
+    Scene,
+    about_z,
+    mujoco,
+    plan_grasps,
+)
+
+#: Goal predicates that a pick-and-place reaches.
+_PLACEMENTS = ("in", "on")
+
+#: What is taken by the rim: everything hollow, by parts of its name.
+_HOLLOW = ("bowl", "mug")
+
+#: Longest wait for things to come to rest at the start, in steps.
+_SETTLE_STEPS = 15
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a goal wants an object.
+
+    Attributes:
+        body: Body of the destination; 0 is the table or floor.
+        site: Site that marks the region, or None when the destination is an object.
+        inside: Whether the object goes into the destination, or onto it.
+    """
+
+    body: int
+    site: int | None
+    inside: bool
+
+
+class LiberoExpert:
+    """Picks up the object of each goal from above and puts it where the goal wants it.
+
+    It knows where everything is. An object that was lost, or lies beside its goal, is picked up
+    again, until the environment's time limit. Goals other than ``in`` and ``on`` (drawers, knobs,
+    the microwave's door) are beyond it.
+
+    Args:
+        env: A ``libero_*/<task>`` environment.
+
+    Raises:
+        InvalidInputError: The task has a goal that is not a pick-and-place.
+    """
+
+    name = "mail_envs.libero_expert.LiberoExpert"
+    noise_scale = NOISE_SCALE
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        self._env = env
+        for goal in env.get_wrapper_attr("goals"):
+            if goal[0].lower() not in _PLACEMENTS or not self._movable(goal[1]):
+                raise InvalidInputError(
+                    f"The scripted expert only picks and places, and this task wants "
+                    f"{' '.join(goal)}. Choose a task of libero_object or libero_spatial, or "
+                    "convert human demonstrations: mail-agents data convert libero:DIR OUT."
+                )
+        self._plan: Motion | None = None
+
+    def reset(self) -> None:
+        """Plans anew from the state that the environment is in."""
+        env = self._env
+        self._scene = Scene(env.get_wrapper_attr("model"), env.get_wrapper_attr("data"))
+        self._hand = Hand(self._scene)
+        self._down, self._closing = self._hand.upright()
+        self._start = self._hand.position
+        self._plan = self._play(env.get_wrapper_attr("goals"))
+
+    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the float32 ``(7,)`` action for the simulator's present state."""
+        if self._plan is None:
+            raise InvalidInputError("Call the expert's reset() after env.reset().")
+        return next(self._plan).astype(np.float32)
+
+    def _movable(self, name: str) -> bool:
+        model = self._env.get_wrapper_attr("model")
+        joint = model.body_jntadr[self._env.get_wrapper_attr("body_id")(name)]
+        return bool(joint >= 0 and model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_FREE)
+
+    def _play(self, goals: list[list[str]]) -> Motion:
+        for _ in range(_SETTLE_STEPS):
+            if not self._scene.moving():
+                break
+            yield self._hand.action(self._start, self._down, OPEN)
+        tries = dict.fromkeys(range(len(goals)), 0)
+        while True:
+            wanting = [i for i in tries if not self._placed(goals[i])]
+            if not wanting:
+                yield self._hand.action(self._hand.position, self._down, OPEN)
+                continue
+            first = min(wanting, key=lambda i: (tries[i], i))
+            yield from self._pick_and_place(goals[first], tries[first])
+            tries[first] += 1
+
+    def _pick_and_place(self, goal: list[str], attempt: int) -> Motion:
+        """One attempt at a goal; gives up early when the object slips away."""
+        body = self._env.get_wrapper_attr("body_id")(goal[1])
+        place = self._place(goal)
+        rim = any(part in goal[1] for part in _HOLLOW)
+        grasps = plan_grasps(self._scene, body, self._closing, rim=rim)
+        if not grasps:
+            yield from self._hand.stay(self._down, OPEN, 1)
+            return
+        grasp = grasps[attempt % len(grasps)]
+        turned = about_z(grasp.yaw) @ self._down
+        hand, before = self._hand, self._scene.extent(body)
+        above = np.array([*grasp.point[:2], before.high[2] + 0.10])
+        yield from hand.go(above, turned, OPEN, within=0.015, steps=100, turned_within=0.1)
+        yield from hand.go(grasp.point, turned, OPEN, within=0.008, steps=60)
+        yield from hand.stay(turned, CLOSE, 12)
+        target = self._target(place)
+        carry = max(self._start[2], target.high[2] + 0.12)
+        lift = np.array([*hand.position[:2], carry])
+        yield from hand.go(lift, turned, CLOSE, within=0.02, steps=60)
+        if self._scene.extent(body).low[2] < before.low[2] + 0.02:
+            yield from hand.stay(turned, OPEN, 6)
+            return
+        yield from self._put(body, place, turned, carry)
+        yield from hand.stay(turned, OPEN, 10)
+        away = hand.position + np.array([0.0, 0.0, 0.10])
+        yield from hand.go(away, turned, OPEN, within=0.02, steps=40)
+        for _ in range(20):
+            if not self._scene.moving():
+                break
+            yield from hand.stay(turned, OPEN, 1)
+
+    def _put(self, body: int, place: Place, turned: np.ndarray, carry: float) -> Motion:
+        """Carries what is in the hand over its place and lowers it."""
+        hand = self._hand
+        held = self._scene.extent(body)
+        offset = hand.position - np.array([*held.centre[:2], held.low[2]])
+        target = self._target(place)
+        top = target.high[2]
+        height = max(carry, top + 0.03 + offset[2]) if place.inside else carry
+        over = np.array([*(target.centre[:2] + offset[:2]), height])
+        yield from hand.go(over, turned, CLOSE, within=0.012, steps=120)
+        held = self._scene.extent(body)
+        offset = hand.position - np.array([*held.centre[:2], held.low[2]])
+        if place.inside:
+            low = max(top + 0.02, target.low[2] + offset[2] + 0.02)
+        else:
+            low = top - 0.005 + offset[2]
+        down = np.array([*(target.centre[:2] + offset[:2]), low])
+        yield from hand.go(down, turned, CLOSE, within=0.010, steps=60)
+
+    def _place(self, goal: list[str]) -> Place:
+        model, name = self._scene.model, goal[2]
+        inside = goal[0].lower() == "in"
+        site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, name)
+        if site < 0:
+            return Place(self._env.get_wrapper_attr("body_id")(name), None, inside)
+        return Place(int(model.site_bodyid[site]), site, inside)
+
+    def _target(self, place: Place) -> Extent:
+        """The region in which the object is to stand: its floor, its rim, its middle."""
+        data, model = self._scene.data, self._scene.model
+        if place.site is None:
+            return self._scene.extent(place.body)
+        half = np.abs(data.site_xmat[place.site].reshape(3, 3)) @ model.site_size[place.site]
+        centre = data.site_xpos[place.site]
+        low, high = centre - half, centre + half
+        if place.inside:  # a region often ends below the walls around it
+            high[2] = max(high[2], self._scene.extent(place.body).high[2])
+        return Extent(low, high)
+
+    def _placed(self, goal: list[str]) -> bool:
+        """Whether the object is where its goal wants it, as far as boxes can tell."""
+        box = self._scene.extent(self._env.get_wrapper_attr("body_id")(goal[1]))
+        place = self._place(goal)
+        target = self._target(place)
+        near = np.abs(box.centre[:2] - target.centre[:2])
+        if place.site is None:
+            return bool(np.linalg.norm(near) < 0.03 and abs(box.low[2] - target.high[2]) < 0.06)
+        height = box.low[2] - target.low[2] if place.inside else box.low[2] - target.high[2]
+        return bool((near < target.size[:2] / 2.0).all() and -0.05 < height < 0.1)
