@@ -2,31 +2,30 @@
 
 Episode ``i`` gets its reset seed and its acting-noise seed from ``(seed, i)`` alone, and every
 episode asked for is run to its end, so there is no bias toward short episodes. Finished slots
-take the next episode index at once; slots without work left are frozen.
+take the next episode index at once; slots without work left are frozen. Where the environment has
+initial states to choose from, episode ``i`` starts in state ``i`` modulo their number.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
 
-from mail_agents.data.episode import SUCCESS_KEYS
+from mail_agents.env_workers import open_environments
+from mail_agents.environments import EnvFacts, Environments, MakeEnv, Move, Outcome, Start
 from mail_agents.errors import InvalidInputError
-from mail_agents.features import FeatureSpec, as_mapping
+from mail_agents.features import FeatureSpec
 from mail_agents.report.stats import bootstrap_mean, wilson_interval
 from mail_agents.seeding import derive_env_seed, derive_seed
 from mail_agents.storage import write_atomic
 
 if TYPE_CHECKING:
     from mail_agents.agent import Agent
-
-MakeEnv = Callable[[], gymnasium.Env]
 
 # CPU matrix products of one to three rows round differently from those of four or more. Network
 # calls of a multiple of four rows make an episode the same, bit for bit, whatever runs beside it.
@@ -52,6 +51,8 @@ class EpisodeResult:
         terminated: Whether the environment ended the episode (else it was truncated).
         wall_time: Seconds from reset to end, shared with the episodes that ran beside it.
         target_return: Return the agent aimed for, or None.
+        init_state: Which of its initial states the environment was put in, or None where the seed
+            alone decides.
     """
 
     index: int
@@ -64,6 +65,7 @@ class EpisodeResult:
     terminated: bool
     wall_time: float
     target_return: float | None = None
+    init_state: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,24 +131,20 @@ class Evaluation:
 
 
 class _Slot:
-    """One environment and the running totals of its current episode."""
+    """The running totals of an environment's current episode."""
 
-    def __init__(self, env: gymnasium.Env) -> None:
-        self.env = env
+    def __init__(self, index: int, seed: int, init_state: int | None) -> None:
+        self.index, self.seed, self.init_state = index, seed, init_state
         self.observation: dict[str, np.ndarray] = {}
-        self.index = -1
-        self.start(-1, 0)
-
-    def start(self, index: int, seed: int) -> None:
-        self.index, self.seed = index, seed
         self.total, self.length = 0.0, 0
         self.success: bool | None = None
         self.began = time.perf_counter()
 
-    def note_info(self, info: Mapping[str, Any]) -> None:
-        for key in SUCCESS_KEYS:
-            if key in info:
-                self.success = bool(self.success) or bool(info[key])
+    def take(self, outcome: Outcome) -> None:
+        self.observation = outcome.observation
+        self.total += outcome.reward
+        if outcome.success is not None:
+            self.success = bool(self.success) or outcome.success
 
     def result(
         self, task: str | None, plans: int, terminated: bool, target_return: float | None
@@ -162,11 +160,8 @@ class _Slot:
             terminated=terminated,
             wall_time=time.perf_counter() - self.began,
             target_return=target_return,
+            init_state=self.init_state,
         )
-
-
-def _render_fps(env: gymnasium.Env) -> float:
-    return float(env.metadata.get("render_fps") or 30.0)
 
 
 class _Evaluator:
@@ -175,7 +170,7 @@ class _Evaluator:
     def __init__(
         self,
         agent: "Agent",
-        slots: list[_Slot],
+        envs: Environments,
         *,
         seed: int,
         task: str | None,
@@ -185,67 +180,75 @@ class _Evaluator:
         on_episode: Callable[[EpisodeResult], None] | None,
     ) -> None:
         self.agent = agent
-        self.slots = slots
+        self.envs = envs
+        self.slots: dict[int, _Slot] = {}
         self.seed = seed
         self.task = task
         self.deterministic = deterministic
         self.record = record
         self.target_return = target_return
         self.on_episode = on_episode
-        self.frame_stride = max(1, round(_render_fps(slots[0].env) / _VIDEO_FPS))
+        self.frame_stride = max(1, round(envs.facts.render_fps / _VIDEO_FPS))
         self.frames: dict[int, list[np.ndarray]] = {}
         self.results: list[EpisodeResult] = []
 
     def run(self, indices: Sequence[int]) -> list[EpisodeResult]:
         pending = iter(indices)
-        active = self._begin(list(range(len(self.slots))), pending)
+        active = self._begin(list(range(len(self.envs))), pending)
         while active:
             ended = self._step(active)
             restarted = self._begin(ended, pending)
             active = sorted((set(active) - set(ended)) | set(restarted))
         return sorted(self.results, key=lambda episode: episode.index)
 
-    def _begin(self, free: list[int], pending: Any) -> list[int]:
-        started, seeds = [], []
-        for number in free:
-            index = next(pending, None)
-            if index is None:
-                break
-            slot = self.slots[number]
-            slot.start(index, derive_env_seed(self.seed, "eval", index))
-            observation, info = slot.env.reset(seed=slot.seed)
-            slot.observation = as_mapping(observation)
-            slot.note_info(info)
-            self._capture(slot)
-            started.append(number)
-            seeds.append(derive_seed(self.seed, "eval", index, 1))
-        if started:
+    def _begin(self, free: list[int], pending: Iterator[int]) -> list[int]:
+        starts: dict[int, Start] = {}
+        for number, index in zip(free, pending, strict=False):
+            slot = _Slot(index, derive_env_seed(self.seed, "eval", index), self._state_of(index))
+            options = None if slot.init_state is None else {"init_state": slot.init_state}
+            starts[number] = Start(slot.seed, options, self._films(slot))
+            self.slots[number] = slot
+        if starts:
+            for number, outcome in self.envs.reset(starts).items():
+                self._take(self.slots[number], outcome)
+            indices = [self.slots[number].index for number in starts]
             targets = None
             if self.target_return is not None:
-                targets = [self.target_return] * len(started)
+                targets = [self.target_return] * len(starts)
             self.agent.reset(
-                started, seed=seeds, task=[self.task] * len(started), target_return=targets
+                list(starts),
+                seed=[derive_seed(self.seed, "eval", index, 1) for index in indices],
+                task=[self.task] * len(starts),
+                target_return=targets,
             )
-        return started
+        return list(starts)
+
+    def _state_of(self, index: int) -> int | None:
+        """Episodes take the environment's initial states in turn."""
+        states = self.envs.facts.init_states
+        return index % states if states else None
 
     def _step(self, active: list[int]) -> list[int]:
         slots = [self.slots[number] for number in active]
         keys = [k for k, f in self.agent.features.observations.items() if f.kind != "text"]
         observation = {key: np.stack([slot.observation[key] for slot in slots]) for key in keys}
         actions = self.agent.act(observation, deterministic=self.deterministic, slots=active)
-        rewards, terminations, truncations = [], [], []
-        for slot, action in zip(slots, actions, strict=True):
-            following, reward, terminated, truncated, info = slot.env.step(action)
-            slot.observation = as_mapping(following)
-            slot.total += float(reward)
+        for slot in slots:
             slot.length += 1
-            slot.note_info(info)
-            self._capture(slot)
-            rewards.append(float(reward))
-            terminations.append(bool(terminated))
-            truncations.append(bool(truncated))
+        moves = {
+            number: Move(action, self._films(slot))
+            for number, slot, action in zip(active, slots, actions, strict=True)
+        }
+        outcomes = self.envs.step(moves)
+        for number, slot in zip(active, slots, strict=True):
+            self._take(slot, outcomes[number])
+        terminations = [outcomes[number].terminated for number in active]
+        truncations = [outcomes[number].truncated for number in active]
         self.agent.step(
-            np.array(rewards), np.array(terminations), np.array(truncations), slots=active
+            np.array([outcomes[number].reward for number in active]),
+            np.array(terminations),
+            np.array(truncations),
+            slots=active,
         )
         return self._collect(active, terminations, truncations)
 
@@ -264,9 +267,14 @@ class _Evaluator:
                     self.on_episode(result)
         return ended
 
-    def _capture(self, slot: _Slot) -> None:
-        if slot.index in self.record and slot.length % self.frame_stride == 0:
-            self.frames.setdefault(slot.index, []).append(np.asarray(slot.env.render()))
+    def _films(self, slot: _Slot) -> bool:
+        """Whether the step that the slot's length counts belongs to a recording."""
+        return slot.index in self.record and slot.length % self.frame_stride == 0
+
+    def _take(self, slot: _Slot, outcome: Outcome) -> None:
+        slot.take(outcome)
+        if outcome.frame is not None:
+            self.frames.setdefault(slot.index, []).append(outcome.frame)
 
 
 def evaluate(
@@ -295,7 +303,8 @@ def evaluate(
         seed: Root seed; episode ``i`` depends on ``(seed, i)`` only.
         n_envs: Environments stepped side by side, sharing each network call; None takes what the
             environment suggests in ``metadata["parallel"]``, else 20.
-        workers: Processes that host the environments; 1 hosts them here.
+        workers: Processes that host the environments, which then step at the same time; 1 hosts
+            them here. The network stays here, and episodes are the same, bit for bit.
         task: Task given to the agent, for language-conditioned agents.
         deterministic: Whether the agent leaves out sampling noise.
         env_kwargs: Passed to ``gymnasium.make`` when ``env`` is an id.
@@ -309,36 +318,29 @@ def evaluate(
 
     Raises:
         FeatureMismatchError: The environment does not give what the agent was trained on.
-        InvalidInputError: A number is out of range, or the agent does not use target returns.
+        InvalidInputError: A number is out of range, the agent does not use target returns, or other
+            processes are wanted for an environment that they cannot make.
+        EnvironmentFailedError: An environment in another process raised an error, or the process
+            ended.
     """
     indices = range(episodes) if isinstance(episodes, int) else list(episodes)
-    n_envs = 20 if n_envs is None else n_envs
-    if n_envs < 1 or not indices or min(indices) < 0 or len(set(indices)) < len(indices):
-        raise InvalidInputError(
-            "At least one environment and one episode are needed, and episode indices must be "
-            f"distinct and not negative; got {episodes=}, {n_envs=}."
-        )
-    make_env = _maker(env, env_kwargs or {}, max_steps)
+    _check_numbers(indices, n_envs, workers)
     if target_return is not None:
         check_target_returns(agent, [target_return])
     target_return = agent.resolve_target(target_return, task)
-    environments: list[gymnasium.Env] = []
     plan_rows, agent.plan_rows = agent.plan_rows, _PLAN_ROWS
+    environments = None
     try:
-        for _ in range(min(n_envs, len(indices))):
-            environments.append(make_env())
-        first = environments[0]
-        features = FeatureSpec.from_spaces(first.observation_space, first.action_space)
-        agent.features.check(features)
-        if record and first.render_mode != "rgb_array":
-            raise InvalidInputError(
-                "Recording needs an environment made with render_mode='rgb_array'; this one has "
-                f"render_mode={first.render_mode!r}."
-            )
+        environments = open_environments(
+            env, env_kwargs or {}, max_steps, n_envs=n_envs, workers=workers, most=len(indices)
+        )
+        facts = environments.facts
+        agent.features.check(FeatureSpec.from_spaces(facts.observation_space, facts.action_space))
+        _check_camera(facts, record)
         agent.reset()
         evaluator = _Evaluator(
             agent,
-            [_Slot(environment) for environment in environments],
+            environments,
             seed=seed,
             task=task,
             deterministic=deterministic,
@@ -347,18 +349,17 @@ def evaluate(
             on_episode=on_episode,
         )
         results = evaluator.run(indices)
-        fps = _render_fps(first) / evaluator.frame_stride
-        spec, simulator = first.spec, first.metadata.get("simulator")
     finally:
         agent.plan_rows = plan_rows
-        for environment in environments:
-            environment.close()
+        if environments is not None:
+            environments.close()
     protocol = {
         "agent": agent.agent_id,
-        "env": spec.id if spec is not None else getattr(env, "__name__", str(env)),
-        "simulator": simulator,
+        "env": facts.env_id or getattr(env, "__name__", str(env)),
+        "simulator": facts.simulator,
         "env_kwargs": dict(env_kwargs or {}),
-        "max_steps": max_steps if max_steps or spec is None else spec.max_episode_steps,
+        "max_steps": max_steps or facts.max_steps,
+        "init_states": facts.init_states or None,
         "task": task,
         "seed": seed,
         "n_episodes": len(indices),
@@ -369,7 +370,28 @@ def evaluate(
         "target_return": target_return,
         "weights": "raw" if agent.ema is None else "ema",
     }
+    fps = facts.render_fps / evaluator.frame_stride
     return Evaluation(results, protocol, evaluator.frames, fps)
+
+
+def _check_numbers(indices: Sequence[int], n_envs: int | None, workers: int) -> None:
+    if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
+        raise InvalidInputError(
+            "At least one episode is needed, and episode indices must be distinct and not "
+            f"negative; got {list(indices)[:8]}."
+        )
+    if workers < 1 or (n_envs is not None and n_envs < 1):
+        raise InvalidInputError(
+            f"At least one environment and one process are needed; got {n_envs=}, {workers=}."
+        )
+
+
+def _check_camera(facts: EnvFacts, record: Sequence[int]) -> None:
+    if record and facts.render_mode != "rgb_array":
+        raise InvalidInputError(
+            "Recording needs an environment made with render_mode='rgb_array'; this one has "
+            f"render_mode={facts.render_mode!r}."
+        )
 
 
 def check_target_returns(agent: "Agent", target_returns: Sequence[float]) -> None:
@@ -386,30 +408,3 @@ def check_target_returns(agent: "Agent", target_returns: Sequence[float]) -> Non
         )
     if not all(map(math.isfinite, target_returns)):
         raise InvalidInputError(f"Target returns must be finite; got {list(target_returns)}.")
-
-
-def _maker(env: str | MakeEnv, kwargs: Mapping[str, Any], max_steps: int | None) -> MakeEnv:
-    if not isinstance(env, str):
-        if kwargs or max_steps is not None:
-            raise InvalidInputError(
-                "env_kwargs and max_steps are for environments given by id; a function that makes "
-                "the environment must set them itself."
-            )
-        return env
-    return env_maker(env, kwargs, max_steps)
-
-
-def env_maker(env_id: str, kwargs: Mapping[str, Any], max_steps: int | None = None) -> MakeEnv:
-    """Returns a function that makes an environment.
-
-    Args:
-        env_id: Gymnasium id; ``"module:id"`` imports a module first.
-        kwargs: Passed to ``gymnasium.make``.
-        max_steps: Step limit, or None for the environment's own.
-    """
-    limit = {} if max_steps is None else {"max_episode_steps": max_steps}
-
-    def make_env() -> gymnasium.Env:
-        return gymnasium.make(env_id, **limit, **kwargs)
-
-    return make_env

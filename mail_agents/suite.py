@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
+from mail_agents.environments import MakeEnv, env_maker
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.features import FeatureSpec
 from mail_agents.report.results import TaskResult, Video, group_by_task
-from mail_agents.rollout import Evaluation, MakeEnv, check_target_returns, env_maker, evaluate
+from mail_agents.rollout import Evaluation, check_target_returns, evaluate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -187,13 +188,13 @@ def evaluate_worlds(
             task=world.task,
             deterministic=deterministic,
             max_steps=world.max_steps,
+            workers=workers,
         )
         folder = None if directory is None else task_directory(directory, world.task)
         for number, target in enumerate(target_returns or (None,)):
             found = play(
                 n_episodes,
                 n_envs=n_envs,
-                workers=workers,
                 env_kwargs=world.kwargs,
                 target_return=target,
             )
