@@ -15,9 +15,16 @@ import fnmatch
 
 import gymnasium
 
-from mail_envs.catalogue import METAWORLD_HORIZON, METAWORLD_TASKS
+from mail_envs.catalogue import (
+    LIBERO_HORIZON,
+    METAWORLD_HORIZON,
+    METAWORLD_TASKS,
+    ROBOSUITE_HORIZON,
+    ROBOSUITE_TASKS,
+)
 from mail_envs.rendering import select_gl_backend
 from mail_wrappers.datasets.d4rl_names import WORLDS as D4RL_WORLDS
+from mail_wrappers.datasets.libero_names import SUITES, tasks_of
 
 __all__ = ["METAWORLD_TASKS", "list_worlds"]
 
@@ -34,6 +41,8 @@ def list_worlds(pattern: str = "*") -> list[str]:
     """
     names = [f"metaworld/{task}" for task in METAWORLD_TASKS]
     names += [f"d4rl/{world}" for world in D4RL_WORLDS]
+    names += [f"{suite}/{task}" for suite in SUITES for task in tasks_of(suite)]
+    names += [f"robosuite/{task}" for task in ROBOSUITE_TASKS]
     return [f"mail_envs:{name}" for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
 
 
@@ -51,6 +60,21 @@ def _register_worlds() -> None:
             entry_point=world.entry_point,
             max_episode_steps=world.max_episode_steps,
             kwargs=dict(world.kwargs),
+        )
+    for suite in SUITES:
+        for task in tasks_of(suite):
+            gymnasium.register(
+                id=f"{suite}/{task}",
+                entry_point="mail_envs.libero:LiberoEnv",
+                max_episode_steps=LIBERO_HORIZON,
+                kwargs={"task": task, "suite": suite},
+            )
+    for task in ROBOSUITE_TASKS:
+        gymnasium.register(
+            id=f"robosuite/{task}",
+            entry_point="mail_envs.robosuite:RobosuiteEnv",
+            max_episode_steps=ROBOSUITE_HORIZON,
+            kwargs={"task": task},
         )
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 import weakref
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -91,14 +92,22 @@ class OffscreenRenderer:
         size: Height and width in pixels, at least 1.
         quality: ``"fast"`` without multisampling, reflections and shadows; ``"stock"`` as MuJoCo
             draws the model.
+        geom_groups: Groups of geoms to draw; None draws those that MuJoCo draws by default.
 
     Raises:
         InvalidInputError: The size or quality is not valid.
     """
 
-    def __init__(self, size: int, quality: RenderQuality = "fast") -> None:
+    def __init__(
+        self,
+        size: int,
+        quality: RenderQuality = "fast",
+        geom_groups: Sequence[int] | None = None,
+    ) -> None:
         self._renderer: Any = None
         self._model: Any = None
+        self._options: Any = None
+        self._groups = geom_groups
         if not isinstance(size, int) or size < 1:
             raise InvalidInputError(
                 f"Image size {size!r} is not valid; give a positive whole number of pixels."
@@ -129,7 +138,7 @@ class OffscreenRenderer:
             self.close()
             self._renderer = self._build(model)
             self._model = model
-        self._renderer.update_scene(data, camera=camera)
+        self._renderer.update_scene(data, camera=camera, scene_option=self._options)
         return self._renderer.render()
 
     def close(self) -> None:
@@ -162,6 +171,9 @@ class OffscreenRenderer:
         if fast:
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        if self._groups is not None:
+            self._options = mujoco.MjvOption()
+            self._options.geomgroup[:] = np.isin(np.arange(mujoco.mjNGROUP), self._groups)
         # Registered after the context exists, hence run before the backend's own exit handler.
         atexit.register(_close_if_alive, weakref.ref(self))
         return renderer
