@@ -127,7 +127,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     @property
     def controller(self) -> Any:
-        """robosuite's controller of the arm; a reset replaces it."""
+        """The controller of the arm; a reset replaces it."""
         return self._sim.robots[0].controller
 
     @property
