@@ -53,6 +53,7 @@ def run_cell(cell: Cell, idle: "queue.Queue[Worker]", progress: RunsProgress) ->
     """Trains and evaluates one cell in a process of its own, or continues an interrupted one."""
     resumable = cell.script == "train.py" and (cell.directory / "arguments.json").exists()
     arguments = ("--resume", str(cell.directory)) if resumable else cell.command
+    arguments = (*arguments, *cell.speed)
     log = cell.beside(".log")
     worker = idle.get()
     progress.begin(cell.name, cell.directory)

@@ -3,15 +3,18 @@
     python scripts/evaluate.py --agent runs/mail-ed-ma-bc-s0 --episodes 50 --output runs/scores
     python scripts/evaluate.py --agent random --env mail_envs:metaworld/reach-v3 --episodes 50
 
-An artifact remembers the environments of its dataset, so --env is only needed to go elsewhere.
+An artifact remembers the environments of its dataset, so --env is only needed to go elsewhere, and
+--tasks 'pick_up_*' takes only some. --protocol evaluates LIBERO as a published evaluation did.
 Expect one line per task ("42/50 solved, 0.71-0.92" is the 95% Wilson interval), a normalised score
 where the dataset has reference returns, and, with --output, episodes.jsonl and summary.json per
 task, result.json for reports, and videos when asked for.
 """
 
+import fnmatch
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +25,7 @@ from rich.console import Console
 import mail_agents
 from mail_agents.agent import Agent
 from mail_agents.data.references import from_dataset
-from mail_agents.errors import InvalidInputError, MailAgentsError, UnknownNameError
+from mail_agents.errors import InvalidInputError, MailAgentsError, UnknownNameError, unknown_name
 from mail_agents.features import FeatureSpec
 from mail_agents.report.results import RunResult, group_by_task, save_results
 from mail_agents.report.scores import normalised_score
@@ -37,6 +40,11 @@ from mail_agents.suite import (
     recorded_videos,
     worlds_of,
 )
+from mail_envs.libero_protocols import PROTOCOLS, ProtocolName
+from mail_wrappers.datasets.libero_names import SUITES
+
+#: Episodes per task where nobody names a number.
+EPISODES = 50
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,18 @@ class Args:
     """Dataset that gives an untrained agent its features and statistics."""
     max_steps: int | None = None
     """Step limit for --env; None takes the environment's own."""
-    episodes: int = 50
-    """Episodes per task."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to evaluate, by name or pattern ('pick_up_*'); none named means all."""
+    protocol: ProtocolName | None = None
+    """Evaluate LIBERO as a publication did: its episodes, step limits, settling and images."""
+    episodes: int | None = None
+    """Episodes per task; None takes those of --protocol, else 50."""
     seed: int = 0
     """Seeds the episodes: the same seed gives the same initial states for every agent."""
-    n_envs: int = 20
-    """Environments stepped side by side."""
+    n_envs: int | None = None
+    """Environments stepped side by side; None takes what the environment suggests, else 20."""
+    workers: int = 1
+    """Processes that host the environments; episodes are the same for any number."""
     deterministic: bool = False
     """Leave out sampling noise."""
     weights: Literal["ema", "raw"] = "ema"
@@ -81,6 +95,39 @@ class Args:
 
 def resolve_worlds(args: Args, agent: Agent | None) -> list[World]:
     """The environments to evaluate in."""
+    worlds = chosen(known_worlds(args, agent), args.tasks)
+    return worlds if args.protocol is None else [following(args, world) for world in worlds]
+
+
+def chosen(worlds: list[World], patterns: Sequence[str]) -> list[World]:
+    """Those whose task matches one of the patterns; all when there are none."""
+    tasks = [world.task for world in worlds]
+    for pattern in patterns:
+        if not fnmatch.filter(tasks, pattern):
+            raise unknown_name("task of --tasks", pattern, tasks)
+    wanted = [any(fnmatch.fnmatchcase(task, p) for p in patterns or "*") for task in tasks]
+    return [world for world, taken in zip(worlds, wanted, strict=True) if taken]
+
+
+def following(args: Args, world: World) -> World:
+    """The world as --protocol wants it."""
+    protocol = PROTOCOLS[str(args.protocol)]
+    suite = world.env_id.rpartition(":")[2].partition("/")[0]
+    if suite not in SUITES:
+        raise InvalidInputError(
+            f"--protocol {args.protocol} is for LIBERO, and task {world.task!r} is played in "
+            f"{world.env_id!r}. Leave the flag out, or choose tasks with --tasks."
+        )
+    if args.max_steps is not None:
+        raise InvalidInputError(
+            f"--protocol {args.protocol} has step limits of its own; leave out --max-steps."
+        )
+    kwargs = {**world.kwargs, **protocol.env_kwargs}
+    return replace(world, kwargs=kwargs, max_steps=protocol.max_steps(suite))
+
+
+def known_worlds(args: Args, agent: Agent | None) -> list[World]:
+    """The environments of --env, of the dataset or of the agent."""
     if args.env is None:
         specs = {} if agent is None else agent.provenance.get("dataset", {}).get("env_specs", {})
         if args.dataset is not None:
@@ -169,16 +216,21 @@ def main(args: Args) -> None:
         raise InvalidInputError("Videos need a place: give --output DIRECTORY.")
     if output is not None and (output / "summary.json").exists():
         raise InvalidInputError(f"{output} already holds an evaluation; choose another --output.")
+    worlds = resolve_worlds(args, agent)
+    episodes = args.episodes
+    if episodes is None:
+        episodes = EPISODES if args.protocol is None else PROTOCOLS[args.protocol].episodes
     console.print(
         f"{agent.agent_id}: history {agent.config.history}, executes {agent.config.executed} of "
         f"{agent.config.horizon} predicted actions"
     )
     evaluations = evaluate_worlds(
         agent,
-        resolve_worlds(args, agent),
-        args.episodes,
+        worlds,
+        episodes,
         seed=args.seed,
         n_envs=args.n_envs,
+        workers=args.workers,
         deterministic=args.deterministic,
         target_returns=args.target_returns or agent.provenance.get("target_returns", ()),
         directory=output,

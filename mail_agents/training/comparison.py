@@ -43,6 +43,10 @@ class ComparisonArguments:
     """Also evaluate every so many updates, and report the best besides the last."""
     eval_seed: int = 0
     """Seeds the evaluation episodes."""
+    eval_envs: int | None = None
+    """Environments that each run steps side by side; None takes what they suggest, else 20."""
+    eval_workers: int = 1
+    """Processes that host the environments of each run."""
     target_returns: tuple[str, ...] = ()
     """Returns that return-conditioned agents aim for (those of --trained, too), the headline's
     first: 3600 1800, or by dataset: hopper-medium=3600 hopper-medium=1800. None named means each
@@ -74,6 +78,7 @@ class Cell:
         directory: Where the run lives.
         script: ``"train.py"`` or ``"evaluate.py"``.
         command: Its command line.
+        speed: Further flags, which change how long it takes and nothing else.
     """
 
     label: str
@@ -82,6 +87,7 @@ class Cell:
     directory: Path
     script: str
     command: tuple[str, ...]
+    speed: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -122,8 +128,11 @@ def plan(args: ComparisonArguments) -> list[Cell]:
         UnknownNameError: An agent, a setting or a dataset is not known.
         CorruptFileError: Targets are given, and a file of ``--trained`` is no artifact.
     """
-    if min(args.eval_episodes, args.workers, args.steps) < 1:
-        raise InvalidInputError("--eval-episodes, --workers and --steps start at 1.")
+    counts = (args.eval_episodes, args.workers, args.steps, args.eval_workers, args.eval_envs or 1)
+    if min(counts) < 1 or args.eval_envs == 0:
+        raise InvalidInputError(
+            "--eval-episodes, --eval-workers, --eval-envs, --workers and --steps start at 1."
+        )
     targets = targets_by_dataset(args)
     ours, others = list(_trained_here(args, targets)), list(_ready_made(args, targets))
     if targets and not any("--target-returns" in cell.command for cell in ours + others):
@@ -188,7 +197,14 @@ def _trained_here(
                     *(("--target-returns", *aims) if aims else ()),
                     *flags(overrides),
                 )
-                yield Cell(label, dataset, seed, directory, "train.py", command)
+                speed = _speed(args, "--eval-envs", "--eval-workers")
+                yield Cell(label, dataset, seed, directory, "train.py", command, speed)
+
+
+def _speed(args: ComparisonArguments, envs: str, workers: str) -> tuple[str, ...]:
+    """How evaluations run, by the names that a script has for it."""
+    named = () if args.eval_envs is None else (envs, str(args.eval_envs))
+    return (*named, workers, str(args.eval_workers))
 
 
 def split_name(text: str) -> tuple[str, str]:
@@ -260,7 +276,9 @@ def _ready_made(
                 *("--device", args.device, "--output", str(directory)),
                 *(("--target-returns", *aims) if aims else ()),
             )
-            yield Cell(label, dataset, args.seeds[0], directory, "evaluate.py", command)
+            speed = _speed(args, "--n-envs", "--workers")
+            seed = args.seeds[0]
+            yield Cell(label, dataset, seed, directory, "evaluate.py", command, speed)
 
 
 def _place(args: ComparisonArguments, label: str, dataset: str, ending: str) -> Path:

@@ -4,12 +4,15 @@ import json
 import re
 
 import pytest
-from toybox.world import ENV_ID, make_dataset
+from toybox.world import ENV_ID, PointEnv, demonstrations, make_dataset
 
 import mail_agents
 from mail_agents.data.references import Reference
 from mail_agents.data.store import open_dataset
+from mail_agents.errors import InvalidInputError
 from mail_agents.report.results import load_results
+from mail_agents.suite import World
+from mail_envs.libero_protocols import PROTOCOLS
 
 
 @pytest.fixture
@@ -107,8 +110,9 @@ def test_target_returns(evaluate, tmp_path):
 
 def test_the_number_of_environments_changes_nothing(evaluate):
     arguments = ("--agent", "random", "--env", ENV_ID, "--episodes", 5, "--as-json")
-    results = [json.loads(evaluate(*arguments, "--n-envs", n)[1]) for n in (1, 4)]
-    assert results[0] == results[1]
+    ways = (("--n-envs", 1), ("--n-envs", 4), ("--workers", 2))
+    first, *others = (json.loads(evaluate(*arguments, *way)[1]) for way in ways)
+    assert others == [first, first]
 
 
 def test_reference_agents_from_a_world_or_a_dataset(evaluate, point_dataset):
@@ -123,9 +127,66 @@ def test_reference_agents_from_a_world_or_a_dataset(evaluate, point_dataset):
     assert "point: " in output
 
 
+def test_some_tasks_of_a_dataset(evaluate, tmp_path):
+    tasks = ("push_the_box", "push_the_ball", "lift_the_box")
+    specs = {task: {"id": ENV_ID} for task in tasks}
+    env = PointEnv()
+    dataset = mail_agents.write_dataset(
+        tmp_path / "many",
+        (episode for task in tasks for episode in demonstrations(1, task)),
+        name="many",
+        features=mail_agents.FeatureSpec.from_spaces(env.observation_space, env.action_space),
+        env_specs=specs,
+    )
+    arguments = ("--agent", "random", "--dataset", dataset.path, "--episodes", 1, "--as-json")
+    for patterns, found in (
+        (("push_*",), set(tasks[:2])),
+        (("*_box", "push_the_ball"), set(tasks)),
+        (("lift_the_box",), {"lift_the_box"}),
+    ):
+        code, output = evaluate(*arguments, "--tasks", *patterns)
+        assert code == 0, output
+        assert set(json.loads(output)) == found
+    code, output = evaluate(*arguments, "--tasks", "push_*", "lift_the_bocks")
+    assert code == 1
+    assert "Unknown task of --tasks 'lift_the_bocks'. Did you mean 'lift_the_box'?" in output
+
+
+@pytest.mark.parametrize(
+    ("name", "episodes", "steps", "settings"),
+    [
+        ("mail", 20, 600, {"image_size": 128, "orientation": "raw"}),
+        ("libero", 20, 600, {"image_size": 128, "orientation": "raw"}),
+        ("openvla", 50, 280, {"image_size": 256, "orientation": "rot180"}),
+    ],
+)
+def test_published_protocols_of_libero(load_script, name, episodes, steps, settings):
+    assert PROTOCOLS[name].episodes == episodes
+    module = load_script("evaluate")
+    recorded = World(
+        "milk",
+        "mail_envs:libero_object/pick_up_the_milk_and_place_it_in_the_basket",
+        {"cameras": ["agentview"], "orientation": "upright", "image_size": 64},
+        77,
+    )
+    world = module.following(module.Args("a", protocol=name), recorded)
+    assert (world.task, world.env_id, world.max_steps) == ("milk", recorded.env_id, steps)
+    assert world.kwargs["cameras"] == ["agentview"]
+    assert settings.items() <= world.kwargs.items()
+    assert world.kwargs["protocol"] == name
+    assert world.kwargs["initial"] == "stored"
+    with pytest.raises(InvalidInputError, match="leave out --max-steps"):
+        module.following(module.Args("a", protocol=name, max_steps=3), recorded)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            ("--agent", "random", "--env", ENV_ID, "--protocol", "mail"),
+            ["--protocol mail is for LIBERO", "toybox"],
+        ),
+        (("--agent", "random", "--env", ENV_ID, "--workers", 0), ["workers=0"]),
         (("--agent", "random"), ["--env ID"]),
         (("--agent", "mail/ed-ma-bc", "--env", ENV_ID), ["must be trained first", "train.py"]),
         (("--agent", "mean-action", "--env", ENV_ID), ["statistics"]),

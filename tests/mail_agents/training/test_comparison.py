@@ -34,6 +34,24 @@ def test_cells_are_agents_by_datasets_by_seeds():
     assert {cell.label for cell in cells} == set(args.agents)
 
 
+def test_how_fast_evaluations_run_is_no_part_of_what_is_compared(tmp_path):
+    """So that a comparison that ran out of memory continues with fewer processes."""
+    artifact = tmp_path / "agent.safetensors"
+    artifact.touch()
+    options = {"agents": ("random",), "datasets": ("a",), "trained": (f"Own={artifact}",)}
+    plain, fast = (
+        plan(ComparisonArguments(**options, **speed))
+        for speed in ({}, {"eval_workers": 3, "eval_envs": 6})
+    )
+    assert [cell.command for cell in plain] == [cell.command for cell in fast]
+    # Resumed runs would remember; so every number is given.
+    assert [cell.speed for cell in plain] == [("--eval-workers", "1"), ("--workers", "1")]
+    assert [cell.speed for cell in fast] == [
+        ("--eval-envs", "6", "--eval-workers", "3"),
+        ("--n-envs", "6", "--workers", "3"),
+    ]
+
+
 def test_flags():
     assert flags(
         {"a_b": True, "c": False, "d": [1, 2], "e.f_g": "x", "e.on": True, "e.off": False}
@@ -121,6 +139,8 @@ def test_ready_made_agents_are_evaluated_where_they_belong(tmp_path):
         ({"trained": (f"SAC={__file__}@walker",)}, UnknownNameError, "walker"),
         ({"trained": (f"random={__file__}",)}, InvalidInputError, "label that no agent has"),
         ({"workers": 0}, InvalidInputError, "start at 1"),
+        ({"eval_workers": 0}, InvalidInputError, "start at 1"),
+        ({"eval_envs": 0}, InvalidInputError, "start at 1"),
     ],
 )
 def test_options_that_cannot_work_train_nothing(options, error, words):
