@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from mail_agents.data.store import StoreDataset
 
 #: Entry-point group of converters, each ``"module:function"``. ``minari`` reads that format and is
-#: called with (source, folder of the new store) and those of the options ``overwrite=True``,
-#: ``env=ID`` and ``keep_trailing=True`` that the user gives and its signature has; ``to-minari``
-#: writes it: (dataset, output).
+#: called with (source, folder of the new store) and those of :data:`CONVERT_OPTIONS` that the user
+#: gives and its signature has; ``to-minari`` writes it: (dataset, output).
 CONVERTERS = "mail_agents.converters"
+CONVERT_OPTIONS = ("overwrite", "env", "keep_trailing", "demos", "demo_selection", "align")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,13 @@ class Convert:
     """Gymnasium id of the environment that data of your own were recorded in (d4rl)."""
     keep_trailing: bool = False
     """Keep the rows after the last end of an episode (d4rl)."""
+    demos: int | None = None
+    """Demonstrations to take of each file (libero, robomimic); all by default."""
+    demo_selection: Literal["first", "mail_legacy"] | None = None
+    """Which ones: 'first', the default, or those that MaIL's released code takes (libero)."""
+    align: Literal["stored", "causal"] | None = None
+    """'stored', the default, keeps LIBERO's pairs of an action with the image taken after it, as
+    published results do; 'causal' pairs each image with the next action (libero)."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,9 @@ class Verify:
 
     path: Positional[Path]
     """Folder of the store."""
+    replay: int = 0
+    """Episodes per task to repeat in the environment: same start, same actions. The exit status is
+    1 if one does not end as it was recorded."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +330,7 @@ def _convert(command: Convert) -> int:
         )
     options: dict[str, Any] = {
         key: value
-        for key in ("overwrite", "env", "keep_trailing")
+        for key in CONVERT_OPTIONS
         if (value := getattr(command, key)) not in (None, False)
     }
     if writes and command.overwrite:
@@ -365,7 +375,17 @@ def _verify(command: Verify) -> int:
     info = verify_dataset(command.path)
     print(f"{command.path}: in order, {info.n_episodes} episodes, {info.n_steps:,} steps")
     print(f"sha256 {info.sha256}")
-    return 0
+    if not command.replay:
+        return 0
+    from mail_agents.data.store import open_dataset
+    from mail_agents.replay import replay_dataset
+
+    failed = 0
+    for replayed in replay_dataset(open_dataset(command.path), command.replay):
+        print(replayed, flush=True)
+        failed += not replayed.ok
+    print(f"{failed} episodes differ" if failed else "every replayed episode is reproduced")
+    return 1 if failed else 0
 
 
 def _doctor(command: Doctor) -> int:

@@ -17,7 +17,8 @@ Kind = Literal["state", "image", "pointcloud", "text", "scalar"]
 _KINDS: tuple[str, ...] = get_args(Kind)
 
 #: Which way up images are: "upright"; "raw", rows from bottom to top as OpenGL reads them, which
-#: LIBERO's files and stock robosuite observations hold; "rot180", raw with left and right swapped.
+#: LIBERO's files and stock robosuite observations hold; "rot180", raw turned by 180 degrees as in
+#: OpenVLA's data, which is upright with left and right swapped.
 Orientation = Literal["raw", "upright", "rot180"]
 ORIENTATIONS: tuple[str, ...] = get_args(Orientation)
 

@@ -1,9 +1,12 @@
 """Environments in a manifest: descriptions from which a fresh process can make them again."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from gymnasium.envs.registration import EnvSpec
+
+from mail_agents.data.episode import Episode
 
 
 def importable_id(spec: EnvSpec) -> str:
@@ -28,3 +31,31 @@ def importable_id(spec: EnvSpec) -> str:
 def spec_to_dict(spec: EnvSpec) -> dict[str, Any]:
     """JSON form of a spec whose id is :func:`importable_id`, for ``env_specs`` of a dataset."""
     return {**json.loads(spec.to_json()), "id": importable_id(spec)}
+
+
+def recording_kwargs(source: Mapping[str, Any], task: str | None) -> dict[str, Any]:
+    """Keyword arguments that episodes were recorded with, where they differ from ``env_specs``.
+
+    A collection notes them as ``env_kwargs``, a converted file as ``recorded_with`` by task: a
+    policy is evaluated without the steps that demonstrations go on for, and from other starts.
+
+    Args:
+        source: ``source`` of a dataset's info.
+        task: Task of the episodes.
+    """
+    kwargs = source.get("recorded_with", {}).get(task) or source.get("env_kwargs") or {}
+    return dict(kwargs)
+
+
+def recorded_start(episode: Episode) -> dict[str, Any] | None:
+    """Arguments of ``reset`` that start an episode again where it was started.
+
+    Returns:
+        Its seed and options; without a seed, the first of the recorded simulator states (and seed
+        0 for what a state leaves open, so that it is always the same); None when it has neither.
+    """
+    if episode.seed is not None:
+        return {"seed": episode.seed, "options": episode.meta.get("options")}
+    if "states" in episode.infos:
+        return {"seed": 0, "options": {"state": episode.infos["states"][0].copy()}}
+    return None

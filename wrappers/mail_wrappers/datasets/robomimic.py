@@ -11,186 +11,197 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from mail_agents.data.dataset import select_demos
 from mail_agents.data.episode import Episode
 from mail_agents.data.manifest import file_sha256
 from mail_agents.data.store import StoreDataset, write_dataset
 from mail_agents.errors import CorruptFileError, InvalidInputError
+from mail_wrappers.datasets import robomimic_file as rf
+from mail_wrappers.datasets.robomimic_export import write_libero, write_robomimic
+from mail_wrappers.datasets.robomimic_facts import FileFacts, Selection, stem, survey
 
-DEMO_SUFFIX = "_demo"
-_STEP_INFOS = ("states", "robot_states")
+__all__ = ["Align", "convert_demos", "read_demos", "write_libero", "write_robomimic"]
+
+Align = Literal["stored", "causal"]
+#: Infos with a row before each action, and infos with a row beside each observation.
+_BEFORE, _BESIDE = "states", "robot_states"
 
 
 def read_demos(
     source: str | Path,
     *,
     demos: int | None = None,
-    selection: Literal["first", "mail_legacy"] = "first",
+    selection: Selection = "first",
+    align: Align = "stored",
 ) -> Iterator[Episode]:
     """Reads demonstrations one at a time, as they are stored.
 
     LIBERO's files pair ``obs[t]`` with ``actions[t]`` although the image was taken after the action
     (upstream ``scripts/create_dataset.py``); training code reads them as they are, and so does
-    this. They hold T observations: where ``next_obs`` is missing, the last one is repeated as the
-    final observation, and ``meta["final_observation"]`` is ``"repeated"``. Windows never show it.
+    this: ``meta["alignment"]`` is ``"after_action"``. They hold T observations: where ``next_obs``
+    is missing, the last one is repeated as the final observation, and
+    ``meta["final_observation"]`` is ``"repeated"``. Windows never show it.
 
     Args:
         source: One HDF5 file, or a folder of them (read in name order).
         demos: Demonstrations per file; None for all.
         selection: See :func:`~mail_agents.data.dataset.select_demos`.
+        align: ``"causal"`` pairs ``obs[t]`` of LIBERO's files with ``actions[t+1]``, the action
+            that was chosen after seeing it, at the price of the first action; ``meta["alignment"]``
+            is then ``"before_action"``.
 
     Yields:
-        Episodes; ``task`` is the file name without ``_demo.hdf5``.
+        Episodes; ``task`` is the file name without ``_demo.hdf5``, or the environment's name for
+        files of robosuite that state it.
 
     Raises:
         CorruptFileError: A file is truncated, of another kind, lacks a key, or its arrays disagree.
-        InvalidInputError: There are no files, or fewer demonstrations than asked for.
+        FeatureMismatchError: Files disagree in keys or shapes.
+        InvalidInputError: There are no files, fewer demonstrations than asked for, or causal
+            alignment is asked of files that have it already.
     """
-    for file in _demo_files(source):
-        yield from _read_file(file, demos, selection)
+    if align not in ("stored", "causal"):
+        raise InvalidInputError(f"Alignment {align!r} is unknown; use 'stored' or 'causal'.")
+    return _episodes(survey(source, demos, selection), align)
 
 
-def _demo_files(source: str | Path) -> list[Path]:
-    path = Path(source)
-    if not path.exists():
-        raise InvalidInputError(f"{path} does not exist. Give an HDF5 file or a folder of them.")
-    files = sorted([*path.glob("*.hdf5"), *path.glob("*.h5")]) if path.is_dir() else [path]
-    if not files:
-        raise InvalidInputError(f"{path} holds no .hdf5 files.")
-    return files
+def _episodes(files: Sequence[FileFacts], align: Align) -> Iterator[Episode]:
+    for facts in files:
+        if align == "causal" and facts.alignment == "before_action":
+            raise InvalidInputError(
+                f"{facts.path}: its observations were taken before the actions already. Leave out "
+                "align='causal' (--align causal)."
+            )
+        with rf.open_file(facts.path) as file:
+            data = rf.child(facts.path, file, "data")
+            for key in facts.demos:
+                demo = rf.child(facts.path, data, key)
+                try:
+                    yield _read_demo(facts, demo, key, align)
+                except InvalidInputError as error:
+                    raise CorruptFileError(f"{facts.path}: {error}") from error
 
 
 def convert_demos(
-    source: str | Path, output: str | Path, *, overwrite: bool = False
+    source: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    demos: int | None = None,
+    demo_selection: Selection = "first",
+    align: Align = "stored",
 ) -> StoreDataset:
     """Converts a file or folder of demonstrations into a store; see :func:`read_demos`.
 
-    Run it again to continue after an interruption; that needs the same files with the same content.
+    The store names the environment of every task that is known (LIBERO's by file name, robosuite's
+    by ``env_args``), made such that it observes what the file holds: same cameras, image size and
+    orientation. Attributes of LIBERO's files are kept for
+    :func:`~mail_wrappers.datasets.robomimic_export.write_libero`. Run it again to continue after an
+    interruption; that needs the same files with the same content.
 
     Args:
         source: One HDF5 file, or a folder of them.
         output: Folder of the store.
         overwrite: Whether to replace an existing store.
+        demos: Demonstrations per file; None for all.
+        demo_selection: See :func:`~mail_agents.data.dataset.select_demos`.
+        align: See :func:`read_demos`.
 
     Raises:
         CorruptFileError: See :func:`read_demos`.
-        InvalidInputError: There are no files, or the output exists.
+        FeatureMismatchError: See :func:`read_demos`.
+        InvalidInputError: See :func:`read_demos`; or the output exists.
     """
+    if align not in ("stored", "causal"):
+        raise InvalidInputError(f"Alignment {align!r} is unknown; use 'stored' or 'causal'.")
+    files = survey(source, demos, demo_selection)
+    chosen = {"demos": demos, "demo_selection": demo_selection, "align": align}
     return write_dataset(
         output,
-        read_demos(source),
+        _episodes(files, align),
         name=Path(source).stem,
-        source=_identity(source),
+        source={**_identity(source, files), **chosen},
+        env_specs={facts.task: facts.env_spec for facts in files if facts.env_spec is not None},
+        features=files[0].features,
         overwrite=overwrite,
     )
 
 
-def _identity(source: str | Path) -> dict[str, Any]:
-    files = [
-        {"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in _demo_files(source)
-    ]
-    return {"kind": "robomimic-hdf5", "id": Path(source).name, "files": files}
+def _identity(source: str | Path, files: Sequence[FileFacts]) -> dict[str, Any]:
+    return {
+        "kind": "robomimic-hdf5",
+        "id": Path(source).name,
+        "files": [
+            {
+                "name": facts.path.name,
+                "bytes": facts.path.stat().st_size,
+                "sha256": file_sha256(facts.path),
+            }
+            for facts in files
+        ],
+        "attributes": {facts.task: facts.attributes for facts in files},
+        "recorded_with": {
+            facts.task: facts.extras["env_kwargs"]
+            for facts in files
+            if facts.extras.get("env_kwargs")
+        },
+    }
 
 
-def _read_file(
-    path: Path, demos: int | None, selection: Literal["first", "mail_legacy"]
-) -> Iterator[Episode]:
-    task = path.stem.removesuffix(DEMO_SUFFIX)
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise CorruptFileError(
-            f"{path} is not a complete HDF5 file ({error}). It was cut short while downloading, or "
-            "is of another kind."
-        ) from error
-    with file:
-        data = _child(path, file, "data")
-        for key in select_demos(list(data), demos, selection):
-            try:
-                yield _read_demo(path, _child(path, data, key), key, task)
-            except InvalidInputError as error:
-                raise CorruptFileError(f"{path}: {error}") from error
-
-
-def _read_demo(path: Path, group: h5py.Group, key: str, task: str) -> Episode:
-    actions = _array(path, group, "actions")
+def _read_demo(facts: FileFacts, group: h5py.Group, key: str, align: Align) -> Episode:
+    path = facts.path
+    actions = rf.array(path, group, "actions")
     length = len(actions)
-    observed = _observations(path, group, "obs", length)
+    observed = rf.observations(path, group, "obs", length)
     repeated = "next_obs" not in group
-    final = observed if repeated else _observations(path, group, "next_obs", length)
-    if not repeated and final.keys() != observed.keys():
+    final = observed if repeated else rf.observations(path, group, "next_obs", length)
+    if final.keys() != observed.keys():
         raise CorruptFileError(
             f"{path}: {group.name}/next_obs has keys {sorted(final)}, obs has {sorted(observed)}."
         )
-    dones = _optional(path, group, "dones", length, np.zeros(length)).astype(bool)
-    rewards = _optional(path, group, "rewards", length, np.zeros(length))
+    dones = rf.optional(path, group, "dones", length, np.zeros(length)).astype(bool)
+    rewards = rf.optional(path, group, "rewards", length, np.zeros(length))
     last = np.arange(length) == length - 1
-    meta: dict[str, Any] = {"source_id": f"{task}/{key}"}
+    known = facts.extras.get("episodes", {}).get(key, {})
+    meta: dict[str, Any] = {**known.get("meta", {}), "source_id": f"{stem(path)}/{key}"}
     if "rewards" in group:
-        meta["success"] = bool((rewards > 0).any())
-    if repeated:
-        meta["final_observation"] = "repeated"
-    infos = {n: _optional(path, group, n, length, np.zeros(0)) for n in _STEP_INFOS if n in group}
+        meta.setdefault("success", bool((rewards > 0).any()))
+    _check_samples(path, group, length)
+    infos = {n: rf.array(path, group, n, length) for n in (_BEFORE, _BESIDE) if n in group}
+    if align == "causal":
+        if length < 2:
+            raise CorruptFileError(
+                f"{path}: {group.name} has one step; pairing observations with the next action "
+                "needs two."
+            )
+        first = 1
+        observations = observed
+        meta["alignment"] = "before_action"
+        meta.pop("options", None)  # like the seed, they lead to the action that is left out
+        infos.update({_BEFORE: infos[_BEFORE][1:]} if _BEFORE in infos else {})
+    else:
+        first = 0
+        observations = {k: np.concatenate([v, final[k][-1:]]) for k, v in observed.items()}
+        if facts.alignment == "after_action":
+            meta["alignment"] = "after_action"
+        if repeated:
+            meta["final_observation"] = "repeated"
     return Episode(
-        observations={k: np.concatenate([v, final[k][-1:]]) for k, v in observed.items()},
-        actions=actions,
-        rewards=rewards,
-        terminations=dones,
-        truncations=last & ~dones,
-        task=task,
+        observations=observations,
+        actions=actions[first:],
+        rewards=rewards[first:],
+        terminations=dones[first:],
+        truncations=(last & ~dones)[first:],
+        task=facts.task,
+        seed=None if align == "causal" else known.get("seed"),
         meta=meta,
         infos=infos,
     )
 
 
-def _child(path: Path, group: h5py.Group, name: str) -> h5py.Group:
-    found = group.get(name)
-    if not isinstance(found, h5py.Group):
-        raise CorruptFileError(_missing(path, group, name, "group"))
-    return found
-
-
-def _missing(path: Path, group: h5py.Group, name: str, kind: str) -> str:
-    present = ", ".join(sorted(group)) or "nothing"
-    full = f"{str(group.name).rstrip('/')}/{name}"
-    return (
-        f"{path}: {kind} {full} is missing (present: {present}). Expected robomimic's layout: "
-        "data/demo_<i>/actions and data/demo_<i>/obs/<key>."
-    )
-
-
-def _array(path: Path, group: h5py.Group, name: str) -> np.ndarray:
-    found = group.get(name)
-    if not isinstance(found, h5py.Dataset):
-        raise CorruptFileError(_missing(path, group, name, "array"))
-    if found.dtype.kind not in "biuf":
-        raise CorruptFileError(f"{path}: {found.name} holds {found.dtype}, expected numbers.")
-    if not found.shape:
-        raise CorruptFileError(f"{path}: {found.name} is a single value, expected one per step.")
-    try:
-        return found[()]
-    except OSError as error:
-        raise CorruptFileError(f"{path}: {found.name} cannot be read: {error}.") from error
-
-
-def _optional(
-    path: Path, group: h5py.Group, name: str, length: int, default: np.ndarray
-) -> np.ndarray:
-    if name not in group:
-        return default
-    array = _array(path, group, name)
-    if len(array) != length:
+def _check_samples(path: Path, group: h5py.Group, length: int) -> None:
+    stated = group.attrs.get("num_samples")
+    if stated is not None and int(stated) != length:
         raise CorruptFileError(
-            f"{path}: {group.name}/{name} has {len(array)} rows, actions have {length}."
+            f"{path}: attribute num_samples of {group.name} is {int(stated)}, but its actions have "
+            f"{length} rows. The file was written incompletely; get it again."
         )
-    return array
-
-
-def _observations(path: Path, group: h5py.Group, name: str, length: int) -> dict[str, np.ndarray]:
-    child = _child(path, group, name)
-    keys: Sequence[str] = sorted(child)
-    if not keys:
-        raise CorruptFileError(f"{path}: {child.name} is empty.")
-    empty = np.zeros(0)
-    return {key: _optional(path, child, key, length, empty) for key in keys}

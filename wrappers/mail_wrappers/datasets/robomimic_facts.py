@@ -1,0 +1,244 @@
+"""What a demonstration file says besides its arrays: task, world, alignment, orientation.
+
+LIBERO's files are recognised by their BDDL file (attribute ``bddl_file_name`` of ``data``) or by
+their name, robomimic's by ``env_args`` (robomimic ``utils/env_utils.py``: type 1 is robosuite, type
+2 is Gym).
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+from mail_agents.data.dataset import select_demos
+from mail_agents.errors import CorruptFileError, FeatureMismatchError
+from mail_agents.features import Feature, FeatureSpec, Orientation
+from mail_wrappers.datasets import robomimic_file as rf
+from mail_wrappers.datasets.libero_names import suite_of
+
+Selection = Literal["first", "mail_legacy"]
+Alignment = Literal["after_action", "before_action"]
+
+DEMO_SUFFIX = "_demo"
+ROBOSUITE, GYM = 1, 2
+#: Step limits of the environments, see ``mail_envs``.
+_LIBERO_STEPS, _ROBOSUITE_STEPS = 600, 500
+
+
+class UnknownWorldWarning(UserWarning):
+    """The environment of a file is not known here, so agents cannot be evaluated in it."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is known of one file before its arrays are read.
+
+    Attributes:
+        path: The file.
+        task: Name of its task.
+        demos: The chosen groups of ``data``, in order.
+        libero: Whether it is one of LIBERO's.
+        alignment: Whether ``obs[t]`` was taken after or before ``actions[t]``; None when unknown.
+        features: Schema of the first chosen demonstration.
+        env_spec: Gymnasium spec of its world, JSON-ready; None when unknown.
+        attributes: Attributes of ``data``, JSON-ready.
+        extras: What :mod:`~mail_wrappers.datasets.robomimic_export` noted; {} in other files.
+    """
+
+    path: Path
+    task: str
+    demos: tuple[str, ...]
+    libero: bool
+    alignment: Alignment | None
+    features: FeatureSpec
+    env_spec: Mapping[str, Any] | None
+    attributes: Mapping[str, Any]
+    extras: Mapping[str, Any]
+
+
+def survey(
+    source: str | Path, demos: int | None = None, selection: Selection = "first"
+) -> list[FileFacts]:
+    """Looks at every file of a source, without reading its arrays.
+
+    Raises:
+        InvalidInputError: There are no files, or fewer demonstrations than asked for.
+        CorruptFileError: A file is broken, see :mod:`~mail_wrappers.datasets.robomimic_file`.
+        FeatureMismatchError: The files disagree in keys, shapes, dtypes or orientation.
+    """
+    found = [_facts(path, demos, selection) for path in rf.demo_files(source)]
+    stems: dict[str, Path] = {}
+    for facts in found:
+        _check_alike(found[0], facts)
+        other = stems.setdefault(stem(facts.path), facts.path)
+        if other is not facts.path:
+            raise FeatureMismatchError(
+                f"{other.name} and {facts.path.name} have the same name but for the ending, so "
+                "their demonstrations cannot be told apart. Rename one of them."
+            )
+    return found
+
+
+def stem(path: Path) -> str:
+    """File name without ending and without ``_demo``: LIBERO's name of the task."""
+    return path.stem.removesuffix(DEMO_SUFFIX)
+
+
+def _facts(path: Path, demos: int | None, selection: Selection) -> FileFacts:
+    with rf.open_file(path) as file:
+        data = rf.child(path, file, "data")
+        if not len(data):
+            raise CorruptFileError(f"{path}: {data.name} is empty, it has no demonstrations.")
+        env_args = rf.json_attribute(path, data, "env_args")
+        extras = rf.json_attribute(path, data, rf.EXTRAS)
+        attributes = rf.attributes(data)
+        keys = tuple(select_demos(list(data), demos, selection))
+        first = rf.child(path, data, keys[0])
+        bddl = str(attributes.get("bddl_file_name") or env_args.get("bddl_file") or "")
+        suite = suite_of(stem(path), f"{bddl} {path.absolute().parent.name}")
+        libero = bool(bddl) or suite is not None
+        robosuite = not libero and env_args.get("type") == ROBOSUITE
+        default: Orientation | None = "raw" if libero else "upright" if robosuite else None
+        features = _features(path, first, extras, default)
+        task = str(env_args["env_name"]) if robosuite and "env_name" in env_args else stem(path)
+        alignment: Alignment | None = extras.get("alignment")
+        if alignment is None:
+            alignment = "before_action" if "next_obs" in first else None
+        if alignment is None and libero:
+            alignment = "after_action"
+    spec = extras.get("env_spec")
+    if spec is None and libero:
+        spec = _libero_spec(path, suite, features)
+    elif spec is None and robosuite:
+        spec = _robosuite_spec(path, env_args, features)
+    elif spec is None and env_args.get("type") == GYM and "env_name" in env_args:
+        spec = _spec(str(env_args["env_name"]), dict(env_args.get("env_kwargs") or {}), None)
+    return FileFacts(
+        path=path,
+        task=str(extras.get("task", task)),
+        demos=keys,
+        libero=libero,
+        alignment=alignment,
+        features=features,
+        env_spec=spec,
+        attributes=attributes,
+        extras=extras,
+    )
+
+
+def _features(
+    path: Path, demo: h5py.Group, extras: Mapping[str, Any], orientation: Orientation | None
+) -> FeatureSpec:
+    def describe(group: h5py.Group, name: str) -> Feature:
+        found = rf.dataset(path, group, name)
+        feature = Feature.from_array(np.empty((0, *found.shape[1:]), found.dtype))
+        return replace(feature, orientation=orientation) if feature.kind == "image" else feature
+
+    keys = rf.observation_keys(path, demo)
+    found = FeatureSpec(
+        {key: describe(demo["obs"], key) for key in keys}, describe(demo, "actions")
+    )
+    if "features" in extras:
+        declared = FeatureSpec.from_dict(extras["features"])
+        if _layout(declared) == _layout(found):
+            return declared
+    return found
+
+
+def _layout(features: FeatureSpec) -> dict[str, tuple[Any, ...]]:
+    every = {**features.observations, "the action": features.action}
+    return {key: (feature.shape, feature.dtype) for key, feature in every.items()}
+
+
+def _check_alike(first: FileFacts, other: FileFacts) -> None:
+    left, right = _layout(first.features), _layout(other.features)
+    remedy = "Convert them into two datasets, or write the files alike."
+    if left.keys() != right.keys():
+        raise FeatureMismatchError(
+            f"{other.path} and {first.path} disagree in what they observe: only the first has "
+            f"{sorted(right.keys() - left.keys()) or 'nothing'}, only the second "
+            f"{sorted(left.keys() - right.keys()) or 'nothing'} more. {remedy}"
+        )
+    for key in left:
+        if left[key] != right[key]:
+            raise FeatureMismatchError(
+                f"{other.path}: {key} is {right[key][1]} {right[key][0]} per step, but "
+                f"{left[key][1]} {left[key][0]} in {first.path}. {remedy}"
+            )
+    for key, feature in first.features.of_kind("image").items():
+        found = other.features.observations[key].orientation
+        if found != feature.orientation:
+            raise FeatureMismatchError(
+                f"{other.path}: images {key} are {found}, but {feature.orientation} in "
+                f"{first.path}. {remedy}"
+            )
+
+
+def _spec(env_id: str, kwargs: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    return json.loads(EnvSpec(id=env_id, kwargs=kwargs, max_episode_steps=steps).to_json())
+
+
+def _camera_kwargs(path: Path, features: FeatureSpec, ending: str) -> dict[str, Any]:
+    """``cameras``, ``image_size`` and ``orientation`` that make an environment match the file."""
+    images = features.of_kind("image")
+    if not images:
+        return {"cameras": []}
+    sizes = {key: feature.shape[:2] for key, feature in images.items()}
+    (key, size), *others = sizes.items()
+    for other, found in [(key, size[::-1]), *others]:
+        if found != size:
+            raise CorruptFileError(
+                f"{path}: the images of this world are square and of one size, but obs/{key} is "
+                f"{size[0]}x{size[1]} pixels and obs/{other} {sizes[other][0]}x"
+                f"{sizes[other][1]}. Render the demonstrations again with equal sizes."
+            )
+    cameras = [key.removesuffix(ending) for key in images]
+    orientation = next(iter(images.values())).orientation
+    return {"cameras": cameras, "image_size": size[0], "orientation": orientation}
+
+
+def _libero_spec(path: Path, suite: str | None, features: FeatureSpec) -> dict[str, Any] | None:
+    kwargs = _camera_kwargs(path, features, "_rgb")
+    if suite is None:
+        _warn(path, f"LIBERO has no task {stem(path)!r}")
+        return None
+    if "goal_state" in features.observations:
+        kwargs["goal_state"] = True
+    return _spec(f"mail_envs:{suite}/{stem(path)}", kwargs, _LIBERO_STEPS)
+
+
+def _robosuite_spec(
+    path: Path, env_args: Mapping[str, Any], features: FeatureSpec
+) -> dict[str, Any] | None:
+    given = env_args.get("env_kwargs") or {}
+    kwargs = _camera_kwargs(path, features, "_image")
+    robots = given.get("robots", "Panda")
+    robots = [robots] if isinstance(robots, str) else list(robots)
+    controller = given.get("controller_configs") or {}
+    if "env_name" not in env_args:
+        problem = "env_args does not name its environment"
+    elif robots != ["Panda"]:
+        problem = f"it was recorded with {', '.join(map(str, robots))}, here there is one Panda"
+    elif controller and '"OSC_POSE"' not in json.dumps(controller):
+        problem = "its actions are not those of the controller OSC_POSE"
+    elif '"control_delta": false' in json.dumps(controller):
+        problem = "its actions are absolute poses, here they are changes of the pose"
+    else:
+        return _spec(f"mail_envs:robosuite/{env_args['env_name']}", kwargs, _ROBOSUITE_STEPS)
+    _warn(path, problem)
+    return None
+
+
+def _warn(path: Path, problem: str) -> None:
+    warnings.warn(
+        f"{path.name}: {problem}, so the dataset does not name an environment for it. Evaluate "
+        "with scripts/evaluate.py --env, or train with --eval-episodes 0.",
+        UnknownWorldWarning,
+        stacklevel=5,
+    )
