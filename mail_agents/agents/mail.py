@@ -11,6 +11,7 @@ released code, each reversed by the ``-released`` presets:
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from mail_agents.agent import Agent
 from mail_agents.agents.mail_backbone import MailBackbone
 from mail_agents.agents.mail_config import MailConfig, StackConfig
-from mail_agents.encoders.language import HashEmbedder
+from mail_agents.data.stats import FeatureStats
+from mail_agents.encoders.language import InstructionEmbedder, instruction, task_embedder
 from mail_agents.encoders.observation import ObservationEncoder
+from mail_agents.encoders.weights import load_resnet18, read_image_weights
 from mail_agents.errors import InvalidInputError, MissingStatisticsError
 from mail_agents.features import FeatureSpec
 from mail_agents.objectives import Objective
@@ -28,8 +31,8 @@ from mail_agents.policy import Policy
 
 __all__ = ["MailAgent", "MailBackbone", "MailConfig", "MailPolicy", "StackConfig"]
 
-#: Length of a task embedding, that of the CLIP text tower of the released code.
-LANGUAGE_DIM = 512
+#: Key of the provenance of an agent whose image networks started from a file.
+_IMAGE_WEIGHTS = "image_weights"
 
 
 def repeat_first_valid(x: Tensor, mask: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ class MailPolicy(Policy):
         features: Observations and action.
 
     Raises:
-        InvalidInputError: An observation has no encoder.
+        InvalidInputError: An observation has no encoder, or there are no images to condition.
     """
 
     action_low: Tensor
@@ -64,14 +67,21 @@ class MailPolicy(Policy):
         self.history = config.history
         self.padding = config.padding
         self.chunk = (config.horizon, features.action.size)
-        self.observation_encoder = ObservationEncoder(features.observations, config.feature_width)
+        self.augments = config.image.augments
+        self.film = config.language_as == "film"
+        self.observation_encoder = ObservationEncoder(
+            features.observations,
+            config.feature_width,
+            config.image,
+            config.language_dim if self.film else None,
+        )
         feature_dim = self.observation_encoder.out_dim
-        with_language = config.language != "none"
-        self.language = nn.Linear(LANGUAGE_DIM, feature_dim) if with_language else None
+        with_token = config.language != "none" and not self.film
+        self.language = nn.Linear(config.language_dim, feature_dim) if with_token else None
         self.backbone = MailBackbone(
             feature_dim=feature_dim,
             action_dim=features.action.size,
-            max_states=config.history + int(with_language),
+            max_states=config.history + int(with_token),
             horizon=config.horizon,
             width=config.width,
             encoder=config.encoder,
@@ -89,10 +99,16 @@ class MailPolicy(Policy):
         self.action_low.copy_(low.reshape(-1))
         self.action_high.copy_(high.reshape(-1))
 
-    def encode(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def encode(
+        self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
+    ) -> Tensor:
         """Encodes a batch's observations to state features ``(B, n, F)``.
 
         n is the history length given, plus one for a language token (placed first).
+
+        Args:
+            batch: See :class:`~mail_agents.policy.Policy`.
+            generator: Augments images at random when given.
 
         Raises:
             InvalidInputError: The policy was made without padding and a step is masked.
@@ -106,7 +122,8 @@ class MailPolicy(Policy):
                 "This policy was made with padding='none' and cannot see padded steps: give it "
                 "only the steps that exist, or make it with padding='edge'."
             )
-        features = self.observation_encoder(observations)
+        condition = batch["task_emb"] if self.film else None
+        features = self.observation_encoder(observations, condition, generator)
         if self.language is None:
             return features
         return torch.cat((self.language(batch["task_emb"]).unsqueeze(1), features), dim=1)
@@ -114,8 +131,21 @@ class MailPolicy(Policy):
     def loss(
         self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`~mail_agents.policy.Policy`; targets that do not exist are ignored."""
-        features = self.encode(batch)
+        """See :class:`~mail_agents.policy.Policy`; targets that do not exist are ignored.
+
+        Images are augmented in training mode only.
+
+        Raises:
+            InvalidInputError: Images are to be augmented, and there is no generator to draw from.
+        """
+        augmenting = self.augments and self.training
+        if augmenting and generator is None:
+            raise InvalidInputError(
+                "image.crop and image.jitter draw from the generator that the loss is given, never "
+                "from the global stream: policy.loss(batch, torch.Generator().manual_seed(0)), or "
+                "policy.eval() for the loss without augmentation."
+            )
+        features = self.encode(batch, generator if augmenting else None)
         loss = self.objective.training_loss(
             lambda noisy, t: self.backbone(features, noisy, t),
             batch["action"],
@@ -169,6 +199,37 @@ class MailAgent(Agent):
         """Builds the network from ``self.config`` and ``self.features``."""
         return MailPolicy(self.config, self.features)
 
-    def task_embedder(self) -> HashEmbedder | None:
-        """Returns the embedder of task names when the agent has a language token."""
-        return HashEmbedder(LANGUAGE_DIM) if self.config.language == "hash" else None
+    def task_embedder(self) -> InstructionEmbedder | None:
+        """Returns the embedder of tasks, or None for an agent without language."""
+        return task_embedder(self.config.language, self.config.language_dim)
+
+    def missing_statistics(self) -> list[str]:
+        """See :class:`~mail_agents.agent.Agent`; embeddings and image weights count, too."""
+        missing = super().missing_statistics()
+        if self.config.language != "none" and self.task_embeddings is None:
+            missing.append("task_embeddings")
+        if self.config.image.weights is not None and _IMAGE_WEIGHTS not in self.provenance:
+            missing.append("image.weights")
+        return missing
+
+    def set_statistics(self, stats: Mapping[str, FeatureStats], tasks: Sequence[str] = ()) -> None:
+        """See :class:`~mail_agents.agent.Agent`; also starts the image networks from their file.
+
+        The file is read once in the life of an agent: not again when a trained or loaded agent is
+        fitted to other data, and never to load an artifact.
+        """
+        if "image.weights" in self.missing_statistics():
+            self._start_from_image_weights(str(self.config.image.weights))
+        super().set_statistics(stats, tasks)
+        if self.config.language != "none":
+            self.provenance["language"] = {
+                "model": self.config.language,
+                "instructions": {task: instruction(task) for task in self.tasks},
+            }
+
+    def _start_from_image_weights(self, path: str) -> None:
+        weights = read_image_weights(path)
+        for policy in self.policies():
+            for trunk in cast(MailPolicy, policy).observation_encoder.trunks():
+                load_resnet18(trunk, weights)
+        self.provenance[_IMAGE_WEIGHTS] = {"file": weights.path.name, "sha256": weights.sha256}

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mail_agents.config import AgentConfig
+from mail_agents.encoders.config import ImageConfig
 from mail_agents.errors import InvalidInputError
 
 
@@ -61,18 +62,36 @@ class MailConfig(AgentConfig):
     init: Literal["mamba", "upstream"] = "mamba"
     """'mamba': Mamba's own initial weights inside Mamba blocks. 'upstream': N(0, 0.02^2) for every
     linear layer, as the released code does, which also resets the discretisation step."""
-    language: Literal["none", "hash"] = "none"
-    """'hash': prepend one token made from the task name."""
+    language: str = "none"
+    """What embeds the task's instruction: 'none' for no language, 'hash' for hashed words without a
+    download, or a frozen text model of the transformers package, by its id on the Hugging Face hub
+    ('openai/clip-vit-base-patch32' is the published one) or as a local folder."""
+    language_as: Literal["token", "film"] = "token"
+    """'token': one token before the states, as published. 'film': the embedding scales and shifts
+    the channels of the image networks."""
+    language_dim: int = 512
+    """Length of an embedding, a property of the text model."""
     feature_width: int = 128
     """Features per observation key; keys are concatenated in alphabetical order."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """How camera images are encoded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.diffusion_steps, self.feature_width, self.decoder.layers) < 1:
+        names = ("diffusion_steps", "feature_width", "language_dim")
+        sizes = {name: getattr(self, name) for name in names}
+        sizes["decoder.layers"] = self.decoder.layers
+        if min(sizes.values()) < 1:
             raise InvalidInputError(
-                "MailConfig needs diffusion_steps, feature_width and decoder.layers of at least 1; "
-                f"got {self.diffusion_steps}, {self.feature_width}, {self.decoder.layers}. "
-                "(encoder.layers may be 0: decoder-only.)"
+                f"MailConfig needs {', '.join(sizes)} of at least 1; got {sizes}. (encoder.layers "
+                "may be 0: decoder-only.)"
+            )
+        if not self.language or (self.language == "none" and self.language_as == "film"):
+            raise InvalidInputError(
+                f"language={self.language!r} with language_as={self.language_as!r}: name what "
+                "embeds the instructions, language='hash' or a text model such as "
+                "'openai/clip-vit-base-patch32'; or keep language='none' and "
+                "language_as='token' for no language."
             )
         if self.width < 4 or self.width % 2:
             raise InvalidInputError(f"width must be even and at least 4; got {self.width}.")

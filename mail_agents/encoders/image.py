@@ -2,79 +2,23 @@
 
 The front end of MaIL (arXiv:2406.08234) as released: robomimic's ``VisualCore`` with a randomly
 initialised ResNet-18 (He et al., arXiv:1512.03385), every batch normalisation replaced by group
-normalisation, and 32 spatial-softmax keypoints (Finn et al., arXiv:1509.06113).
+normalisation, and 32 spatial-softmax keypoints (Finn et al., arXiv:1509.06113). Crops, colour
+jitter, weights from a file and conditioning on language are this project's additions, all off by
+default.
 """
 
 import torch
 from torch import Tensor, nn
 
+from mail_agents.encoders.augment import center_crop, color_jitter, random_crop
+from mail_agents.encoders.config import MIN_SIZE, ImageConfig
+from mail_agents.encoders.resnet import ResNet18
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import Feature
 
-#: Channel statistics of ImageNet, applied to images in [0, 1] although nothing is pre-trained.
+#: Channel statistics of ImageNet, applied to images in [0, 1] whether or not weights were trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-#: Smallest height and width: the network divides both by 32, rounding up, and a keypoint on a map
-#: of one row or column cannot move.
-MIN_SIZE = 33
-
-_CHANNELS_PER_GROUP = 16
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // _CHANNELS_PER_GROUP, channels)
-
-
-def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a skip connection; a 1x1 convolution where the shape changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = _conv(inputs, outputs, 3, stride)
-        self.norm1 = _norm(outputs)
-        self.conv2 = _conv(outputs, outputs, 3, 1)
-        self.norm2 = _norm(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.skip = (
-            nn.Identity()
-            if stride == 1 and inputs == outputs
-            else nn.Sequential(_conv(inputs, outputs, 1, stride), _norm(outputs))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(B, inputs, h, w)`` to ``(B, outputs, ceil(h / stride), ceil(w / stride))``."""
-        y = self.relu(self.norm1(self.conv1(x)))
-        return self.relu(self.norm2(self.conv2(y)) + self.skip(x))
-
-
-class ResNet18(nn.Module):
-    """Group-normalised ResNet-18 without its head: ``(B, 3, h, w)`` to ``(B, 512, h/32, w/32)``."""
-
-    out_channels = 512
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            _conv(3, 64, 7, 2), _norm(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
-        )
-        blocks: list[nn.Module] = []
-        inputs = 64
-        for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            blocks += [ResidualBlock(inputs, outputs, stride), ResidualBlock(outputs, outputs, 1)]
-            inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the last feature map."""
-        return self.blocks(self.stem(x))
 
 
 class SpatialSoftmax(nn.Module):
@@ -110,13 +54,15 @@ class SpatialSoftmax(nn.Module):
 class ResNetEncoder(nn.Module):
     """One camera: images to a feature vector per time step.
 
-    ``uint8`` images are scaled to [0, 1], normalised with ImageNet statistics, encoded by a
-    ResNet-18 and a 32-keypoint spatial softmax, and projected: 11,201,248 parameters at
-    ``out_dim=128``. There is no cropping, resizing or flipping.
+    ``uint8`` images are cropped where the config says so, scaled to [0, 1], normalised with
+    ImageNet statistics, encoded by a ResNet-18 and a 32-keypoint spatial softmax, and projected:
+    11,201,248 parameters at ``out_dim=128``. There is no resizing or flipping.
 
     Args:
         feature: The camera: shape ``(height, width, 3)``, both sizes above 32.
         out_dim: Width of the result.
+        config: Crop, jitter and normalisation; ``shared`` and ``weights`` concern others.
+        condition: Length of the vector that conditions the network (FiLM), or None.
 
     Raises:
         InvalidInputError: The feature is not an RGB ``uint8`` image, or is too small.
@@ -125,31 +71,36 @@ class ResNetEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, feature: Feature, out_dim: int = 128) -> None:
+    def __init__(
+        self,
+        feature: Feature,
+        out_dim: int = 128,
+        config: ImageConfig | None = None,
+        condition: int | None = None,
+    ) -> None:
         super().__init__()
-        shape = feature.shape
-        if len(shape) != 3 or shape[-1] != 3 or feature.dtype != "uint8" or min(shape) < 3:
-            raise InvalidInputError(
-                "The image encoder reads RGB images (height, width, 3) of dtype uint8, 0..255; got "
-                f"shape {shape} and dtype {feature.dtype}. Convert the images (multiply floats in "
-                "[0, 1] by 255, repeat a grey channel three times) in the dataset and in the "
-                "environment."
-            )
-        if min(shape[:2]) < MIN_SIZE:
-            raise InvalidInputError(
-                f"The image encoder needs at least {MIN_SIZE}x{MIN_SIZE} pixels; got "
-                f"{shape[0]}x{shape[1]}. Render or resize the camera larger."
-            )
-        self.shape = shape
+        self.config = config or ImageConfig()
+        _check_camera(feature, self.config.crop)
+        self.shape = feature.shape
         self.out_dim = out_dim
-        self.trunk = ResNet18()
+        self.trunk = ResNet18(self.config.norm, condition)
         self.pool = SpatialSoftmax(ResNet18.out_channels)
         self.head = nn.Linear(2 * self.pool.keypoints, out_dim)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Encodes ``(B, H, height, width, 3)`` uint8 images to ``(B, H, out_dim)``.
+
+        Args:
+            x: Images.
+            condition: ``(B, condition)`` for an encoder with FiLM, else None.
+            generator: Augments at random when given; otherwise images are cut in the middle.
 
         Raises:
             InvalidInputError: The tensor is not uint8 or has another size than the feature.
@@ -159,7 +110,40 @@ class ResNetEncoder(nn.Module):
                 f"Expected uint8 images (B, H, {', '.join(map(str, self.shape))}); got "
                 f"{tuple(x.shape)} of dtype {x.dtype}. Images stay uint8 until the encoder."
             )
-        frames = x.flatten(0, 1).permute(0, 3, 1, 2).to(self.mean.dtype) / 255.0
+        frames = self._frames(x, generator).flatten(0, 1).permute(0, 3, 1, 2)
         frames = (frames - self.mean) / self.std
-        points = self.pool(self.trunk(frames)).flatten(1)
+        if condition is not None:
+            condition = condition.repeat_interleave(x.shape[1], dim=0)
+        points = self.pool(self.trunk(frames, condition)).flatten(1)
         return self.head(points.to(self.head.weight.dtype)).unflatten(0, tuple(x.shape[:2]))
+
+    def _frames(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Crops and augments; ``(B, H, h, w, 3)`` floats in [0, 1]."""
+        crop, jitter = self.config.crop, self.config.jitter
+        if crop is not None:
+            x = center_crop(x, crop) if generator is None else random_crop(x, crop, generator)
+        frames = x.to(self.mean.dtype) / 255.0
+        if jitter > 0.0 and generator is not None:
+            frames = color_jitter(frames, jitter, generator)
+        return frames
+
+
+def _check_camera(feature: Feature, crop: int | None) -> None:
+    shape = feature.shape
+    if len(shape) != 3 or shape[-1] != 3 or feature.dtype != "uint8" or min(shape) < 3:
+        raise InvalidInputError(
+            "The image encoder reads RGB images (height, width, 3) of dtype uint8, 0..255; got "
+            f"shape {shape} and dtype {feature.dtype}. Convert the images (multiply floats in "
+            "[0, 1] by 255, repeat a grey channel three times) in the dataset and in the "
+            "environment."
+        )
+    if min(shape[:2]) < MIN_SIZE:
+        raise InvalidInputError(
+            f"The image encoder needs at least {MIN_SIZE}x{MIN_SIZE} pixels; got "
+            f"{shape[0]}x{shape[1]}. Render or resize the camera larger."
+        )
+    if crop is not None and crop > min(shape[:2]):
+        raise InvalidInputError(
+            f"image.crop={crop} is larger than the camera, {shape[0]}x{shape[1]} pixels. Choose at "
+            f"most {min(shape[:2])}."
+        )

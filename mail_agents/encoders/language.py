@@ -1,8 +1,8 @@
-"""Embeddings of task instructions."""
+"""Instructions of tasks, and their embeddings without a network."""
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +10,20 @@ import numpy as np
 from mail_agents.errors import InvalidInputError
 
 _WORD = re.compile(r"[^\W_]+")
+#: What LIBERO puts before the instruction in a task's name, e.g. "LIVING_ROOM_SCENE2_".
+_SCENE = re.compile(r"^[A-Z]+(_[A-Z]+)*_SCENE\d+_")
+
+
+def instruction(task: str) -> str:
+    """Returns what a task's name says, as text for a language model.
+
+    Follows LIBERO's own rule (``libero/libero/benchmark/__init__.py`` of
+    Lifelong-Robot-Learning/LIBERO): a leading scene is left out, underscores are spaces.
+
+    Args:
+        task: For example ``"KITCHEN_SCENE3_turn_on_the_stove"``.
+    """
+    return _SCENE.sub("", task).replace("_", " ")
 
 
 class HashEmbedder:
@@ -59,3 +73,57 @@ class HashEmbedder:
         digest = hashlib.shake_256(gram.encode()).digest((self.dim + 7) // 8)
         bits = np.unpackbits(np.frombuffer(digest, dtype=np.uint8))[: self.dim]
         return 2.0 * bits - 1.0
+
+
+class InstructionEmbedder:
+    """Embeds tasks by what their names say.
+
+    Args:
+        embed: Texts to ``(n, E)`` float32.
+        dim: The E that the network was made for.
+        model: Name of ``embed``, for messages.
+    """
+
+    def __init__(
+        self, embed: Callable[[Sequence[str]], np.ndarray], dim: int, model: str = ""
+    ) -> None:
+        self.embed = embed
+        self.dim = dim
+        self.model = model
+
+    def __call__(self, tasks: Sequence[str]) -> np.ndarray:
+        """Embeds the instructions of tasks as ``(len(tasks), dim)`` float32.
+
+        Raises:
+            InvalidInputError: The embeddings have another length than the network expects, or are
+                not finite.
+        """
+        rows = self.embed([instruction(task) for task in tasks])
+        if len(tasks) and rows.shape[1] != self.dim:
+            raise InvalidInputError(
+                f"language={self.model!r} gives {rows.shape[1]} numbers per task, but the agent "
+                f"was made for language_dim={self.dim}. Make it with "
+                f"language_dim={rows.shape[1]}."
+            )
+        if not np.isfinite(rows).all():
+            raise InvalidInputError(
+                f"language={self.model!r} gives NaN or infinity: its weights are broken."
+            )
+        return rows
+
+
+def task_embedder(language: str, dim: int) -> InstructionEmbedder | None:
+    """Returns what embeds tasks; nothing is loaded before it is called.
+
+    Args:
+        language: ``"none"``, ``"hash"``, or a text model, see
+            :class:`~mail_agents.encoders.text.TextEmbedder`.
+        dim: Length of the embeddings.
+    """
+    if language == "none":
+        return None
+    if language == "hash":
+        return InstructionEmbedder(HashEmbedder(dim), dim, language)
+    from mail_agents.encoders.text import TextEmbedder  # imports torch
+
+    return InstructionEmbedder(TextEmbedder(language), dim, language)

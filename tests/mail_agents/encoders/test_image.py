@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from mail_agents.encoders.config import ImageConfig
 from mail_agents.encoders.image import ResNetEncoder, SpatialSoftmax
 from mail_agents.encoders.observation import ObservationEncoder
 from mail_agents.errors import InvalidInputError
@@ -116,3 +117,85 @@ def test_cameras_start_identical_and_are_concatenated_alphabetically():
 def test_unsupported_kinds_are_named():
     with pytest.raises(InvalidInputError, match="'cloud' is of kind 'pointcloud'"):
         ObservationEncoder({"cloud": Feature("pointcloud", (16, 3), "float32")}, 4)
+
+
+def test_acting_cuts_the_middle_and_training_a_random_place():
+    encoder = ResNetEncoder(camera(48, 64), 8, ImageConfig(crop=40)).eval()
+    x = images(2, 1, 48, 64)
+    seen = []
+    encoder.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        centre = encoder(x)
+        assert seen[0].shape == (2, 3, 40, 40)
+        whole = ResNetEncoder(camera(40, 40), 8).eval()
+        whole.load_state_dict(encoder.state_dict())
+        torch.testing.assert_close(centre, whole(x[:, :, 4:44, 12:52]))
+        drawn = [encoder(x, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_jitter_changes_training_images_only():
+    encoder = ResNetEncoder(camera(), 8, ImageConfig(jitter=0.3)).eval()
+    plain = ResNetEncoder(camera(), 8).eval()
+    plain.load_state_dict(encoder.state_dict())
+    x = images(2, 1, 33, 33)
+    with torch.inference_mode():
+        assert torch.equal(encoder(x), plain(x))
+        assert not torch.equal(encoder(x, generator=torch.Generator().manual_seed(0)), plain(x))
+
+
+def test_condition_of_a_window_reaches_all_its_frames():
+    encoder = ResNetEncoder(camera(), 8, condition=3).eval()
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if ".film." in name:
+                parameter.normal_(std=0.5)
+    x, condition = images(2, 2, 33, 33), torch.randn(2, 3)
+    with torch.inference_mode():
+        out = encoder(x, condition)
+        for window in range(2):
+            for frame in range(2):
+                alone = encoder(x[window, frame][None, None], condition[window][None])
+                torch.testing.assert_close(out[window, frame], alone[0, 0], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(out, encoder(x, condition.flip(0)))
+
+
+def test_shared_cameras_are_one_network_and_others_their_own():
+    features = {
+        "a": camera(),
+        "b": camera(),
+        "c": camera(40, 40),
+        "s": Feature("state", (3,), "f4"),
+    }
+    with torch.device("meta"):
+        apart = ObservationEncoder(features, 4)
+        shared = ObservationEncoder(features, 4, ImageConfig(shared=True))
+    assert [len(e.trunks()) for e in (apart, shared)] == [3, 2]
+    assert count(apart) - count(shared) == count(shared.encoders[0])
+    assert shared.encoder_of == [0, 0, 1, 2]
+    assert shared.out_dim == 16
+
+
+def test_a_shared_network_sees_every_camera():
+    encoder = ObservationEncoder({"a": camera(), "b": camera()}, 4, ImageConfig(shared=True)).eval()
+    a, b = images(1, 1, 33, 33, seed=1), images(1, 1, 33, 33, seed=2)
+    with torch.inference_mode():
+        out, swapped = encoder({"a": a, "b": b}), encoder({"a": b, "b": a})
+    torch.testing.assert_close(out[..., :4], swapped[..., 4:])
+    assert not torch.allclose(out[..., :4], out[..., 4:])
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(InvalidInputError, match=r"image\.crop=50 is larger than the camera, 48x64"):
+        ResNetEncoder(camera(48, 64), 8, ImageConfig(crop=50))
+    with pytest.raises(InvalidInputError, match="at least 33"):
+        ImageConfig(crop=32)
+    with pytest.raises(InvalidInputError, match="jitter"):
+        ImageConfig(jitter=1.0)
+    with pytest.raises(InvalidInputError, match=r"needs image\.weights"):
+        ImageConfig(norm="batch_frozen")
+    states = {"s": Feature("state", (3,), "float32")}
+    for settings in ({"image": ImageConfig(crop=40)}, {"condition": 3}):
+        with pytest.raises(InvalidInputError, match="no images among the observations"):
+            ObservationEncoder(states, 4, **settings)

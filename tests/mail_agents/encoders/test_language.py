@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mail_agents.encoders.language import HashEmbedder
+from mail_agents.encoders.language import HashEmbedder, instruction, task_embedder
 from mail_agents.errors import InvalidInputError
 
 
@@ -39,3 +39,32 @@ def test_bad_texts_are_refused():
     with pytest.raises(InvalidInputError, match="list of texts"):
         HashEmbedder()("reach-v3")
     assert HashEmbedder(8)([]).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [
+        (
+            "pick_up_the_milk_and_place_it_in_the_basket",
+            "pick up the milk and place it in the basket",
+        ),
+        ("KITCHEN_SCENE10_close_the_top_drawer", "close the top drawer"),
+        ("LIVING_ROOM_SCENE2_put_both_the_cans_in_the_basket", "put both the cans in the basket"),
+        ("STUDY_SCENE1_pick_up_the_book", "pick up the book"),
+        ("put it in the KITCHEN_SCENE1_box", "put it in the KITCHEN SCENE1 box"),
+        ("reach-v3", "reach-v3"),
+    ],
+)
+def test_instructions_are_what_names_say(task, text):
+    assert instruction(task) == text
+
+
+def test_hashed_embeddings_of_names_are_those_of_their_words():
+    embed = task_embedder("hash", 64)
+    (row,) = embed(["open_the_drawer"])
+    np.testing.assert_array_equal(row, HashEmbedder(64)(["open the drawer"])[0])
+    assert task_embedder("none", 64) is None
+
+
+def test_making_a_text_embedder_loads_nothing():
+    assert task_embedder("no/such-model", 512) is not None
