@@ -123,9 +123,12 @@ class LiberoExpert:
         above = np.array([*grasp.point[:2], before.high[2] + 0.10])
         yield from hand.go(above, turned, OPEN, within=0.015, steps=100, turned_within=0.1)
         yield from hand.go(grasp.point, turned, OPEN, within=0.008, steps=60)
+        if np.linalg.norm(grasp.point - hand.position) > 0.015:  # something is in the way
+            yield from hand.go(above, turned, OPEN, within=0.02, steps=40)
+            return
         yield from hand.stay(turned, CLOSE, 12)
         target = self._target(place)
-        carry = max(self._start[2], target.high[2] + 0.12)
+        carry = max(self._start[2], target.high[2] + 0.12, grasp.point[2] + 0.10)
         lift = np.array([*hand.position[:2], carry])
         yield from hand.go(lift, turned, CLOSE, within=0.02, steps=60)
         if self._scene.extent(body).low[2] < before.low[2] + 0.02:

@@ -25,6 +25,10 @@ OPEN, CLOSE = -1.0, 1.0
 #: Noise per unit of ``noise_std``: rotations suffer more from it, the gripper is a switch.
 NOISE_SCALE = np.array([1.0, 1.0, 1.0, 0.2, 0.2, 0.2, 0.0])
 
+#: Horizontal distance from the arm's base, in metres, from which on the elbow is nearly straight: a
+#: straight elbow does not bend again under this controller.
+COMFORTABLE_REACH = 0.70
+
 #: Widest object, in metres, that fits between the fingers of the Panda's hand (0.08) with a margin.
 MAX_WIDTH = 0.074
 
@@ -108,6 +112,12 @@ class Scene:
             low = high = (axes @ self.data.xpos[body])[None]
         return Extent(low.min(axis=0), high.max(axis=0))
 
+    @property
+    def base(self) -> np.ndarray:
+        """Where the arm stands, ``(3,)`` metres; the world's origin in a scene without one."""
+        body = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_BODY, "robot0_base")
+        return self.data.xpos[max(body, 0)]
+
     def moving(self, speed: float = 0.01) -> bool:
         """Whether any free body is faster than ``speed`` (m/s, and ten times that in rad/s)."""
         for joint in np.flatnonzero(self.model.jnt_type == mujoco.mjtJoint.mjJNT_FREE):
@@ -171,9 +181,15 @@ class Hand:
         down = np.column_stack([x, np.cross(-_UP, x), -_UP])
         return down, down @ now.T @ self._data.xaxis[self._finger]
 
-    def action(self, target: np.ndarray, rotation: np.ndarray, gripper: float) -> np.ndarray:
-        """One proportional step towards a pose, float64 ``(7,)`` in [-1, 1]."""
-        move = np.clip(12.0 * (target - self.position), -1.0, 1.0)
+    def action(
+        self,
+        target: np.ndarray,
+        rotation: np.ndarray,
+        gripper: float,
+        push: np.ndarray | float = 0.0,
+    ) -> np.ndarray:
+        """One proportional step towards a pose, float64 ``(7,)`` in [-1, 1]; ``push`` is added."""
+        move = np.clip(12.0 * (target - self.position) + push, -1.0, 1.0)
         turn = np.clip(2.0 * rotation_vector(rotation @ self.rotation.T), -0.5, 0.5)
         return np.concatenate([move, turn, [gripper]])
 
@@ -188,11 +204,16 @@ class Hand:
         turned_within: float = np.inf,
     ) -> Motion:
         """Moves to a pose and returns when it is near enough, or after ``steps`` steps."""
+        push = np.zeros(3)
         for _ in range(steps):
             turned = np.linalg.norm(rotation_vector(rotation @ self.rotation.T))
-            if np.linalg.norm(target - self.position) < within and turned < turned_within:
+            error = target - self.position
+            distance = np.linalg.norm(error)
+            if distance < within and turned < turned_within:
                 return
-            yield self.action(target, rotation, gripper)
+            if within < distance < 0.04:  # an outstretched arm sags and stops short without this
+                push = np.clip(push + 2.0 * error, -0.6, 0.6)
+            yield self.action(target, rotation, gripper, push)
 
     def stay(self, rotation: np.ndarray, gripper: float, steps: int) -> Motion:
         """Stays where it is now for ``steps`` steps."""
@@ -223,7 +244,8 @@ class Grasp:
     Attributes:
         point: Point between the finger tips, ``(3,)`` metres.
         yaw: Rotation about the vertical, radians, from the upright hand.
-        cost: Metres of penetration of hand and fingers with other things, plus small preferences.
+        cost: Metres of penetration of hand and fingers with other things, plus half the metres
+            beyond the comfortable reach, plus small preferences.
     """
 
     point: np.ndarray
@@ -237,7 +259,7 @@ def plan_grasps(
     closing: np.ndarray,
     *,
     rim: bool,
-    yaws: Sequence[float] = (0.0, np.pi / 2, np.pi / 4, -np.pi / 4),
+    yaws: Sequence[float] | None = None,
 ) -> list[Grasp]:
     """Grasps of a body from above, the best first.
 
@@ -246,11 +268,13 @@ def plan_grasps(
         body: Its index.
         closing: Horizontal unit vector along which the fingers close at yaw 0.
         rim: Whether to take it by the rim (bowls), or across its middle.
-        yaws: Hand rotations to try, in radians.
+        yaws: Hand rotations to try, in radians; None tries eight for a rim, else four.
 
     Returns:
         Empty when the body is too wide for the fingers at every yaw.
     """
+    if yaws is None:
+        yaws = np.pi / 8 * np.arange(-3, 5) if rim else np.pi / 4 * np.arange(-1, 3)
     obstacles = scene.obstacles(body)
     grasps = []
     for yaw in yaws:
@@ -259,8 +283,9 @@ def plan_grasps(
         low, high = scene.spans(obstacles, axes)
         box = scene.extent(body, axes)
         for point, preference in _rim_points(box) if rim else _middle_points(box):
+            far = np.linalg.norm((point @ axes - scene.base)[:2]) - COMFORTABLE_REACH
             cost = _penetration(point, low, high) + preference + 0.002 * abs(yaw)
-            grasps.append(Grasp(point @ axes, yaw, float(cost)))
+            grasps.append(Grasp(point @ axes, float(yaw), float(cost + 0.5 * max(far, 0.0))))
     return sorted(grasps, key=lambda grasp: grasp.cost)
 
 
