@@ -4,23 +4,20 @@ They answer like those of :mod:`mail_agents.environments`, so an evaluation cann
 """
 
 import contextlib
-import faulthandler
 import json
-import os
-import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
-from multiprocessing.connection import Connection, Pipe
-from typing import Any, NamedTuple, NoReturn
+from multiprocessing.connection import Pipe
+from typing import Any
 
 import gymnasium
 
 from mail_agents.data.env_specs import importable_id
+from mail_agents.env_host import Failure
 from mail_agents.environments import (
     EnvFacts,
     Environments,
@@ -40,7 +37,7 @@ _PATIENCE = 10.0
 # process. The import path is the caller's, which may differ from that of a fresh interpreter.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from mail_agents.env_workers import serve; serve(int(sys.argv[2]))"
+    "from mail_agents.env_host import serve; serve(int(sys.argv[2]))"
 )
 
 
@@ -48,18 +45,88 @@ class EnvironmentFailedError(MailAgentsError, RuntimeError):
     """An environment in a process of its own raised an error, or its process ended."""
 
 
-class WorkerEnvironments:
-    """Environments in processes of their own, which step at the same time.
+class WorkerPool:
+    """Processes that host the environments of one evaluation after the other.
 
-    Environment ``i`` lives in process ``i % workers``. The processes end with this one, even if it
-    is killed, and leave Ctrl-C to it.
+    They start when they are first needed, keep what they have imported, end with this process, even
+    if it is killed, and leave Ctrl-C to it. After any error all of them end.
 
     Args:
+        workers: How many processes, at least 1.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._started: list[_Worker] = []
+
+    def start(self, count: int) -> int:
+        """Starts what is missing of a number of processes; returns how many there may be."""
+        count = min(count, self.workers)
+        with self._ending_on_error():
+            for number in range(len(self._started), count):
+                self._started.append(_Worker(number))
+        return count
+
+    def ask(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
+        """Sends orders to several processes before it waits for the first answer.
+
+        Args:
+            method: What to do, a method of what the processes run.
+            arguments: Its argument by number of the process.
+
+        Raises:
+            EnvironmentFailedError: An environment raised an error, or a process ended.
+            InvalidInputError: An argument cannot travel to another process.
+        """
+        with self._ending_on_error():
+            for number, argument in arguments.items():
+                self._started[number].send(method, argument)
+            return {number: self._started[number].receive() for number in arguments}
+
+    @property
+    def running(self) -> bool:
+        """Whether there are processes; there are none after an error."""
+        return bool(self._started)
+
+    @contextlib.contextmanager
+    def _ending_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()  # answers that nobody has taken would be those to the next order
+            raise
+
+    def close(self) -> None:
+        """Ends the processes."""
+        workers, self._started = self._started, []
+        try:
+            for worker in workers:
+                worker.part()
+            deadline = time.monotonic() + _PATIENCE
+            for worker in workers:
+                worker.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            for worker in workers:
+                worker.kill()
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class WorkerEnvironments:
+    """Environments in the processes of a pool, which step at the same time.
+
+    Environment ``i`` lives in process ``i`` modulo their number.
+
+    Args:
+        pool: The processes; they host nothing else meanwhile.
         env_id: Gymnasium id; one without its module must be registered here by an importable one.
         kwargs: Passed to ``gymnasium.make``; whatever can travel between processes.
         max_steps: Step limit, or None for the environment's own.
         count: How many environments; None takes what they suggest, at least one per process.
-        workers: How many processes, at least 1.
         most: Never more environments than these.
 
     Raises:
@@ -69,28 +136,22 @@ class WorkerEnvironments:
 
     def __init__(
         self,
+        pool: WorkerPool,
         env_id: str,
         kwargs: Mapping[str, Any],
         max_steps: int | None,
         *,
         count: int | None,
-        workers: int,
         most: int,
     ) -> None:
-        known = most if count is None else min(count, most)
         recipe = {"env_id": _travelling_id(env_id), "kwargs": dict(kwargs), "max_steps": max_steps}
-        self._workers: list[_Worker] = []
-        try:
-            for number in range(min(workers, known)):
-                self._workers.append(_Worker(number, env_id))
-            first = dict.fromkeys(range(len(self._workers)))
-            self.facts: EnvFacts = self._ask("make", dict.fromkeys(first, recipe))[0]
-            self._count = min(wanted(count, self.facts, len(self._workers)), most)
-            share = {i: len(range(i, self._count, len(self._workers))) - 1 for i in first}
-            self._ask("add", {i: further for i, further in share.items() if further})
-        except BaseException:
-            self.close()
-            raise
+        self._pool = pool
+        self._hosts = pool.start(most if count is None else min(count, most))
+        first = dict.fromkeys(range(self._hosts))
+        self.facts: EnvFacts = pool.ask("make", dict.fromkeys(first, recipe))[0]
+        self._count = min(wanted(count, self.facts, self._hosts), most)
+        share = {i: len(range(i, self._count, self._hosts)) - 1 for i in first}
+        pool.ask("add", {i: further for i, further in share.items() if further})
 
     def __len__(self) -> int:
         return self._count
@@ -104,31 +165,16 @@ class WorkerEnvironments:
         return self._distribute("step", moves)
 
     def _distribute(self, method: str, orders: Mapping[int, Any]) -> dict[int, Outcome]:
-        count = len(self._workers)
         shares: dict[int, dict[int, Any]] = {}
         for number, order in orders.items():
-            shares.setdefault(number % count, {})[number // count] = order
-        answers = self._ask(method, shares)
-        return {number: answers[number % count][number // count] for number in orders}
-
-    def _ask(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
-        """Sends to all before it waits for the first."""
-        for number, argument in arguments.items():
-            self._workers[number].send(method, argument)
-        return {number: self._workers[number].receive() for number in arguments}
+            shares.setdefault(number % self._hosts, {})[number // self._hosts] = order
+        answers = self._pool.ask(method, shares)
+        return {n: answers[n % self._hosts][n // self._hosts] for n in orders}
 
     def close(self) -> None:
-        """Ends the processes."""
-        workers, self._workers = self._workers, []
-        try:
-            for worker in workers:
-                worker.part()
-            deadline = time.monotonic() + _PATIENCE
-            for worker in workers:
-                worker.wait(max(0.0, deadline - time.monotonic()))
-        finally:
-            for worker in workers:
-                worker.kill()
+        """Closes the environments; the processes stay."""
+        if self._pool.running:
+            self._pool.ask("close", dict.fromkeys(range(self._hosts)))
 
 
 def _travelling_id(env_id: str) -> str:
@@ -150,13 +196,13 @@ def _travelling_id(env_id: str) -> str:
 class _Worker:
     """A process and the line to it."""
 
-    def __init__(self, number: int, env_id: str) -> None:
+    def __init__(self, number: int) -> None:
         if sys.platform == "win32":
             raise InvalidInputError(
                 "Environments in processes of their own need Linux or macOS; leave out workers "
                 "(--workers)."
             )
-        self._name = f"Process {number + 1} with environments {env_id!r}"
+        self._name, self._number = "", number
         self._line, other = Pipe()
         try:
             with ignoring_interrupts():
@@ -172,6 +218,9 @@ class _Worker:
             other.close()
 
     def send(self, method: str, argument: Any) -> None:
+        if method == "make":
+            env_id = argument["env_id"]
+            self._name = f"Process {self._number + 1} with environments {env_id!r}"
         try:
             self._line.send((method, argument))
         except OSError:
@@ -187,11 +236,11 @@ class _Worker:
             answer = self._line.recv()
         except (EOFError, OSError):
             raise self._ended() from None
-        if isinstance(answer, _Failure):
+        if isinstance(answer, Failure):
             raise self._failed(answer)
         return answer
 
-    def _failed(self, failure: "_Failure") -> Exception:
+    def _failed(self, failure: Failure) -> Exception:
         if failure.error is not None:
             return failure.error
         return EnvironmentFailedError(f"{self._name} failed:\n{failure.text.rstrip()}")
@@ -242,138 +291,61 @@ def ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Failure(NamedTuple):
-    """An error in another process: itself, where it is one that explains itself, and its text."""
-
-    error: Exception | None
-    text: str
-
-
-def serve(handle: int) -> NoReturn:
-    """Hosts environments for the process at the other end of a line, until that ends.
-
-    Args:
-        handle: File descriptor of this end.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.dup2(2, 1)  # what a simulator prints is no output of the evaluation
-    faulthandler.enable()
-    line = Connection(handle)
-    orders: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(line, orders), daemon=True).start()
-    host = _Host()
-    with contextlib.suppress(OSError):  # nobody is left to hear
-        while (order := orders.get()) is not None:
-            _answer(line, host, *order)
-    code = 0
-    try:
-        host.close()
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    sys.stderr.flush()
-    os._exit(code)  # the other thread still listens
-
-
-def _listen(line: Connection, orders: "queue.SimpleQueue[tuple[str, Any] | None]") -> None:
-    """Passes orders on; ends the process at once when the other one is gone without a word."""
-    order: Any = ()
-    try:
-        while order is not None:
-            order = line.recv()
-            orders.put(order)
-    except (EOFError, OSError):
-        os._exit(1)
-    except Exception as error:  # a class that only the sender can import
-        orders.put(("refuse", f"{type(error).__name__}: {error}"))
-
-
-def _answer(line: Connection, host: "_Host", method: str, argument: Any) -> None:
-    try:
-        answer = getattr(host, method)(argument)
-    except Exception as error:
-        explained = isinstance(error, MailAgentsError | gymnasium.error.Error)
-        answer = _Failure(error if explained else None, traceback.format_exc())
-    try:
-        line.send(answer)
-    except OSError:
-        raise
-    except Exception:  # an observation, or an error, that cannot be pickled
-        line.send(_Failure(None, traceback.format_exc()))
-
-
-class _Host:
-    """What a process does."""
-
-    def __init__(self) -> None:
-        self._envs: LocalEnvironments | None = None
-
-    def make(self, recipe: Mapping[str, Any]) -> EnvFacts:
-        self._envs = LocalEnvironments(env_maker(**recipe), 1, 1)
-        return self._envs.facts
-
-    def refuse(self, why: str) -> None:
-        raise InvalidInputError(
-            f"{why}. Arguments of an environment in a process of its own must be plain values, or "
-            "of classes that it can import."
-        )
-
-    def add(self, count: int) -> None:
-        self._made.add(count)
-
-    def reset(self, starts: Mapping[int, Start]) -> dict[int, Outcome]:
-        return self._made.reset(starts)
-
-    def step(self, moves: Mapping[int, Move]) -> dict[int, Outcome]:
-        return self._made.step(moves)
-
-    def close(self) -> None:
-        if self._envs is not None:
-            self._envs.close()
-
-    @property
-    def _made(self) -> LocalEnvironments:
-        if self._envs is None:
-            raise InvalidInputError("No environment has been made; send 'make' first.")
-        return self._envs
-
-
+@contextlib.contextmanager
 def open_environments(
     env: str | MakeEnv,
     kwargs: Mapping[str, Any],
     max_steps: int | None,
     *,
     n_envs: int | None,
-    workers: int,
+    workers: int | WorkerPool,
     most: int,
-) -> Environments:
-    """Makes environments where they are wanted.
+) -> Iterator[Environments]:
+    """Makes environments where they are wanted, and closes them after.
 
     Args:
         env: Gymnasium id, or a function that makes one environment.
         kwargs: Passed to ``gymnasium.make`` when ``env`` is an id.
         max_steps: Step limit when ``env`` is an id, or None for its own.
-        n_envs: How many; None takes what the environment suggests, else :data:`DEFAULT_ENVS`.
-        workers: Processes for them; 1 means this one.
+        n_envs: How many; None takes what the environment suggests, else
+            :data:`~mail_agents.environments.DEFAULT_ENVS`.
+        workers: Processes for them, or how many; 1 means this one.
         most: Never more than these.
 
     Raises:
         InvalidInputError: A function comes with arguments for it, or with other processes.
         EnvironmentFailedError: An environment in another process cannot be made.
     """
-    if isinstance(env, str):
-        if workers == 1:
-            return LocalEnvironments(env_maker(env, kwargs, max_steps), n_envs, most)
-        return WorkerEnvironments(env, kwargs, max_steps, count=n_envs, workers=workers, most=most)
+    if not isinstance(env, str):
+        _check_function(env, kwargs, max_steps, workers)
+    with contextlib.ExitStack() as stack:
+        found: Environments
+        if not isinstance(env, str):
+            found = LocalEnvironments(env, n_envs, most)
+        elif workers == 1:
+            found = LocalEnvironments(env_maker(env, kwargs, max_steps), n_envs, most)
+        else:
+            pool = workers
+            if not isinstance(pool, WorkerPool):
+                pool = stack.enter_context(WorkerPool(pool))
+            found = WorkerEnvironments(pool, env, kwargs, max_steps, count=n_envs, most=most)
+        stack.callback(found.close)
+        yield found
+
+
+def _check_function(
+    env: MakeEnv, kwargs: Mapping[str, Any], max_steps: int | None, workers: int | WorkerPool
+) -> None:
     if kwargs or max_steps is not None:
         raise InvalidInputError(
             "env_kwargs and max_steps are for environments given by id; a function that makes "
             "the environment must set them itself."
         )
-    if workers > 1:
+    if workers != 1:
+        count = workers.workers if isinstance(workers, WorkerPool) else workers
         raise InvalidInputError(
-            f"{workers=} needs an environment given by id ('module:id'), which other processes can "
-            f"make, too; got the function {getattr(env, '__name__', env)!r}. Leave out workers, or "
-            "register the environment with gymnasium.register in a module that can be imported."
+            f"workers={count} needs an environment given by id ('module:id'), which other "
+            f"processes can make, too; got the function {getattr(env, '__name__', env)!r}. Leave "
+            "out workers, or register the environment with gymnasium.register in a module that "
+            "can be imported."
         )
-    return LocalEnvironments(env, n_envs, most)

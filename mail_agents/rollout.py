@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mail_agents.env_workers import open_environments
+from mail_agents.env_workers import WorkerPool, open_environments
 from mail_agents.environments import EnvFacts, Environments, MakeEnv, Move, Outcome, Start
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec
@@ -284,7 +284,7 @@ def evaluate(
     *,
     seed: int = 0,
     n_envs: int | None = None,
-    workers: int = 1,
+    workers: int | WorkerPool = 1,
     task: str | None = None,
     deterministic: bool = False,
     env_kwargs: Mapping[str, Any] | None = None,
@@ -303,8 +303,9 @@ def evaluate(
         seed: Root seed; episode ``i`` depends on ``(seed, i)`` only.
         n_envs: Environments stepped side by side, sharing each network call; None takes what the
             environment suggests in ``metadata["parallel"]``, else 20.
-        workers: Processes that host the environments, which then step at the same time; 1 hosts
-            them here. The network stays here, and episodes are the same, bit for bit.
+        workers: How many processes host the environments, which then step at the same time, or the
+            processes (for several evaluations); 1 hosts them here. The network stays here, and
+            episodes are the same, bit for bit.
         task: Task given to the agent, for language-conditioned agents.
         deterministic: Whether the agent leaves out sampling noise.
         env_kwargs: Passed to ``gymnasium.make`` when ``env`` is an id.
@@ -329,30 +330,29 @@ def evaluate(
         check_target_returns(agent, [target_return])
     target_return = agent.resolve_target(target_return, task)
     plan_rows, agent.plan_rows = agent.plan_rows, _PLAN_ROWS
-    environments = None
+    opened = open_environments(
+        env, env_kwargs or {}, max_steps, n_envs=n_envs, workers=workers, most=len(indices)
+    )
     try:
-        environments = open_environments(
-            env, env_kwargs or {}, max_steps, n_envs=n_envs, workers=workers, most=len(indices)
-        )
-        facts = environments.facts
-        agent.features.check(FeatureSpec.from_spaces(facts.observation_space, facts.action_space))
-        _check_camera(facts, record)
-        agent.reset()
-        evaluator = _Evaluator(
-            agent,
-            environments,
-            seed=seed,
-            task=task,
-            deterministic=deterministic,
-            record=frozenset(record),
-            target_return=target_return,
-            on_episode=on_episode,
-        )
-        results = evaluator.run(indices)
+        with opened as environments:
+            facts = environments.facts
+            spaces = FeatureSpec.from_spaces(facts.observation_space, facts.action_space)
+            agent.features.check(spaces)
+            _check_camera(facts, record)
+            agent.reset()
+            evaluator = _Evaluator(
+                agent,
+                environments,
+                seed=seed,
+                task=task,
+                deterministic=deterministic,
+                record=frozenset(record),
+                target_return=target_return,
+                on_episode=on_episode,
+            )
+            results = evaluator.run(indices)
     finally:
         agent.plan_rows = plan_rows
-        if environments is not None:
-            environments.close()
     protocol = {
         "agent": agent.agent_id,
         "env": facts.env_id or getattr(env, "__name__", str(env)),
@@ -374,12 +374,14 @@ def evaluate(
     return Evaluation(results, protocol, evaluator.frames, fps)
 
 
-def _check_numbers(indices: Sequence[int], n_envs: int | None, workers: int) -> None:
+def _check_numbers(indices: Sequence[int], n_envs: int | None, workers: int | WorkerPool) -> None:
     if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
         raise InvalidInputError(
             "At least one episode is needed, and episode indices must be distinct and not "
             f"negative; got {list(indices)[:8]}."
         )
+    if isinstance(workers, WorkerPool):
+        workers = workers.workers
     if workers < 1 or (n_envs is not None and n_envs < 1):
         raise InvalidInputError(
             f"At least one environment and one process are needed; got {n_envs=}, {workers=}."

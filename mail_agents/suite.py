@@ -1,5 +1,6 @@
 """Evaluating on every task a dataset was recorded from, with videos."""
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
+from mail_agents.env_workers import WorkerPool
 from mail_agents.environments import MakeEnv, env_maker
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.features import FeatureSpec
@@ -179,35 +181,38 @@ def evaluate_worlds(
         for world in worlds:
             _clear(task_directory(directory, world.task))
     evaluations = {}
-    for world in worlds:
-        play = partial(
-            evaluate,
-            agent,
-            world.env_id,
-            seed=seed,
-            task=world.task,
-            deterministic=deterministic,
-            max_steps=world.max_steps,
-            workers=workers,
-        )
-        folder = None if directory is None else task_directory(directory, world.task)
-        for number, target in enumerate(target_returns or (None,)):
-            found = play(
-                n_episodes,
-                n_envs=n_envs,
-                env_kwargs=world.kwargs,
-                target_return=target,
+    with contextlib.ExitStack() as stack:
+        # Kept from task to task: importing a simulator takes longer than some episodes.
+        hosts = stack.enter_context(WorkerPool(workers)) if workers > 1 else workers
+        for world in worlds:
+            play = partial(
+                evaluate,
+                agent,
+                world.env_id,
+                seed=seed,
+                task=world.task,
+                deterministic=deterministic,
+                max_steps=world.max_steps,
+                workers=hosts,
             )
-            aimed = found.protocol["target_return"]
-            say(f"{world.task}{'' if aimed is None else f', target {aimed:g}'}: {found}")
+            folder = None if directory is None else task_directory(directory, world.task)
+            for number, target in enumerate(target_returns or (None,)):
+                found = play(
+                    n_episodes,
+                    n_envs=n_envs,
+                    env_kwargs=world.kwargs,
+                    target_return=target,
+                )
+                aimed = found.protocol["target_return"]
+                say(f"{world.task}{'' if aimed is None else f', target {aimed:g}'}: {found}")
+                if folder is not None:
+                    found.save(folder if number == 0 else folder / f"{_TARGET}{target:g}")
+                evaluations.setdefault(world.task, found)
             if folder is not None:
-                found.save(folder if number == 0 else folder / f"{_TARGET}{target:g}")
-            evaluations.setdefault(world.task, found)
-        if folder is not None:
-            camera = {**world.kwargs, "render_mode": "rgb_array"}
-            target = target_returns[0] if target_returns else None
-            filmed = partial(play, env_kwargs=camera, target_return=target)
-            _record(evaluations[world.task], filmed, videos, folder)
+                camera = {**world.kwargs, "render_mode": "rgb_array"}
+                target = target_returns[0] if target_returns else None
+                filmed = partial(play, env_kwargs=camera, target_return=target)
+                _record(evaluations[world.task], filmed, videos, folder)
     return evaluations
 
 

@@ -18,7 +18,7 @@ from toybox.world import ENV_ID, demonstrations
 
 import mail_agents
 from mail_agents.data.dataset import MemoryDataset
-from mail_agents.env_workers import EnvironmentFailedError, WorkerEnvironments
+from mail_agents.env_workers import EnvironmentFailedError, WorkerEnvironments, WorkerPool
 from mail_agents.environments import LocalEnvironments, Move, Start, env_maker
 from mail_agents.errors import InvalidInputError
 from mail_agents.rollout import evaluate
@@ -66,7 +66,7 @@ def hosts(parent: int | None = None) -> set[int]:
         except OSError:  # it has ended meanwhile
             continue
         if state != "Z" and int(above) == (parent or os.getpid()):
-            found |= {int(stat.parent.name)} if "mail_agents.env_workers" in line else set()
+            found |= {int(stat.parent.name)} if "mail_agents.env_host" in line else set()
     return found
 
 
@@ -126,7 +126,8 @@ def test_recordings_are_the_same(agent):
 def test_outcomes_are_those_of_this_process():
     kwargs = {"terminate": True, "size": 3}
     here = LocalEnvironments(env_maker(ENV_ID, kwargs, 2), 3, 9)
-    there = WorkerEnvironments(ENV_ID, kwargs, 2, count=3, workers=2, most=9)
+    pool = WorkerPool(2)
+    there = WorkerEnvironments(pool, ENV_ID, kwargs, 2, count=3, most=9)
     try:
         assert len(here) == len(there) == 3
         assert here.facts == there.facts
@@ -147,7 +148,26 @@ def test_outcomes_are_those_of_this_process():
     finally:
         here.close()
         there.close()
+        pool.close()
         there.close()  # harmless
+        pool.close()
+
+
+def test_processes_serve_one_evaluation_after_the_other(agent):
+    with WorkerPool(2) as pool:
+        first = evaluate(agent, ENV_ID, 5, workers=pool)
+        processes = hosts()
+        assert len(processes) == 2
+        evaluate(agent, FAULTY, 1, workers=pool)
+        assert facts(evaluate(agent, ENV_ID, 5, workers=pool)) == facts(first)
+        assert hosts() == processes
+        # After an error they are new ones: the others had been asked and not been heard.
+        with pytest.raises(EnvironmentFailedError):
+            evaluate(agent, FAULTY, 2, workers=pool, env_kwargs={"fault": "step"})
+        assert not hosts()
+        assert facts(evaluate(agent, ENV_ID, 5, workers=pool)) == facts(first)
+    with pytest.raises(InvalidInputError, match="workers=2 needs an environment given by id"):
+        evaluate(agent, lambda: gymnasium.make(ENV_ID), 1, workers=pool)
 
 
 # ---- how many ----------------------------------------------------------------------------------
@@ -175,7 +195,7 @@ def test_how_many_environments(
         close = cls.close
 
         def closing(self):
-            seen.append((len(self), len(getattr(self, "_workers", ()))))
+            seen.append((len(self), getattr(self, "_hosts", 0)))
             close(self)
 
         monkeypatch.setattr(cls, "close", closing)
@@ -273,7 +293,7 @@ def start(tmp_path: Path) -> tuple[subprocess.Popen, set[int]]:
             from mail_agents.features import FeatureSpec
             from toybox.world import PointEnv
 
-            print("started", flush=True)
+            print("The script runs.", flush=True)
             env = PointEnv()
             features = FeatureSpec.from_spaces(env.observation_space, env.action_space)
             agent = mail_agents.make("random", features, device="cpu")
@@ -304,7 +324,7 @@ def test_control_c_ends_everything_quietly(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, _ = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
-    assert output.count("started") == 1, "the script ran again in another process"
+    assert output.count("The script runs.") == 1, "the script ran again in another process"
     assert output.rstrip().endswith("KeyboardInterrupt")
     assert output.count("Traceback") == 1
     assert not alive(children)
