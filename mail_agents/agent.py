@@ -92,7 +92,7 @@ class Agent(Acting):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "model"))
             self.policy = self.build_policy().to(self.device)
-        #: What :meth:`loss` calls: the policy, or a DDP wrapper that a script puts here.
+        #: What :meth:`loss` calls: the policy, or a wrapper that a script puts here.
         self.training_module: nn.Module = self.policy
         self.ema = EMA(self.policy, config.ema_decay) if config.ema_decay is not None else None
         self.generator = torch.Generator(device=self.device)
@@ -290,7 +290,8 @@ class Agent(Acting):
                     out["task_emb"] = embedded
                 continue
             name = "action" if key == "past_action" else key
-            tensor = torch.as_tensor(value).to(self.device)
+            # Pinned memory is copied while the GPU computes; for other memory this waits.
+            tensor = torch.as_tensor(value).to(self.device, non_blocking=self.device.type == "cuda")
             if name in self.normalizers:
                 tensor = self.normalizers[name](tensor.float())
             elif (
@@ -312,6 +313,18 @@ class Agent(Acting):
         """
         with recording_backends(self.backends):
             return self.training_module(self.prepare(batch), self.generator)
+
+    def loss_weight(self, batch: Mapping[str, Any]) -> float:
+        """Number of targets that the loss of a batch is a mean over.
+
+        Processes that train together weigh their losses with it, so that every target of the whole
+        batch counts the same. Override it together with a loss that is no mean over
+        ``action_mask``.
+
+        Args:
+            batch: As given to :meth:`loss`.
+        """
+        return float(batch["action_mask"].sum())
 
     def configure_optim(self, total_steps: int | None = None) -> None:
         """Creates optimiser and learning-rate schedule from the config.

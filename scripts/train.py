@@ -7,10 +7,15 @@ progress bar with the loss, then one line per task with the success rate and its
 A killed run continues exactly where its last checkpoint was:
 
     python scripts/train.py --resume runs/mail-ed-ma-bc-s0
+
+Several processes share every batch when torchrun starts the script:
+
+    torchrun --nproc-per-node 2 scripts/train.py --agent mail/ed-ma-bc --dataset data/demo
 """
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,17 +28,20 @@ from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import split_episodes
 from mail_agents.errors import InvalidInputError
 from mail_agents.suite import evaluation_directory
-from mail_agents.training.runs import Run, RunArguments, run_script
+from mail_agents.training.distributed import Team, run_team_script
+from mail_agents.training.runs import Run, RunArguments
 from mail_agents.training.session import (
     aims,
     evaluator,
     finish_run,
     open_run,
+    reading_ahead,
     start_training,
     trainable_parameters,
     training_notes,
     validation_loss,
 )
+from mail_agents.training.step import gradients
 
 console = Console(soft_wrap=True)
 
@@ -59,44 +67,48 @@ class Args(RunArguments):
     """Updates between logged losses."""
 
 
-def main(args: Args) -> None:
+def main(args: Args, team: Team) -> None:
     """Trains, evaluates and reports."""
     args.check_counts("steps", "save_every", "log_every")
     dataset = mail_agents.open_dataset(args.dataset)
     train, held_out = split_episodes(len(dataset), args.validation, args.seed)
-    agent, state, windows, sampler = open_run(args, dataset, train)
+    agent, state, windows, sampler = open_run(args, dataset, train, team=team)
     checks = dataset.windows(agent.window_spec, held_out) if held_out else None
-    evaluate = evaluator(args, agent, dataset, console.print, args.target_returns)
+    evaluate = None
+    if team.leads:
+        evaluate = evaluator(args, agent, dataset, console.print, args.target_returns)
     first, seconds = start_training(agent, state, sampler, args.steps)
     episodes, parameters = agent.training_episodes(dataset, train), trainable_parameters(agent)
     total = args.steps if parameters else 0  # reference agents only take statistics
+    console.quiet = not team.leads
     for note in training_notes(agent, total):
         console.print(f"note: {note}")
     console.print(
         f"{args.agent}: {parameters:,} parameters, {len(windows):,} windows of "
         f"{len(episodes)} episodes, {len(dataset.info.tasks)} tasks"
-        f"{aims(agent, args.target_returns)}, on {agent.device}"
+        f"{aims(agent, args.target_returns)}, on {team.describe(agent)}"
     )
 
-    with Run(args.run_dir, args, first if args.resume else None) as run:
+    resumed = first if args.resume else None
+    opened = Run(args.run_dir, args, resumed) if team.leads else nullcontext()
+    with opened as run, reading_ahead(agent, windows, sampler) as batches:
         clock = time.perf_counter()
         quiet = not sys.stdout.isatty()
         for step in track(range(first, total), "training", console=console, disable=quiet):
             agent.policy.train()
-            with torch.autocast(
-                agent.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"
-            ):
-                loss, metrics = agent.loss(windows[next(sampler)])
+            loss, metrics = gradients(agent, next(batches), team, args.precision)
             if not torch.isfinite(loss):
                 raise InvalidInputError(
                     f"The loss became {loss.item()} at step {step}. Lower --config.optim.lr or set "
                     f"--config.optim.grad-clip; checkpoints in {args.run_dir} are intact."
                 )
-            agent.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
             metrics = {**metrics, **agent.apply_gradients()}
 
             done = step + 1
+            if run is None or evaluate is None:
+                if _pauses(args, done, total):
+                    team.wait()
+                continue
             if done % args.log_every == 0 or done == total:
                 values = {name: float(value) for name, value in metrics.items()}
                 values |= {"loss": loss.item(), "lr": float(agent.scheduler.get_last_lr()[0])}
@@ -108,13 +120,23 @@ def main(args: Args) -> None:
                 evaluate(directory=evaluation_directory(args.run_dir, done))
             if done % args.save_every == 0 or done == total:
                 elapsed = seconds + time.perf_counter() - clock
-                loop = {"sampler": sampler.state_dict(), "seconds": elapsed}
+                loop = {"sampler": batches.state_dict(), "seconds": elapsed}
                 save_checkpoint(args.run_dir, done, agent, loop)
+            if _pauses(args, done, total):
+                team.wait()
         seconds += time.perf_counter() - clock
 
+    if evaluate is None:
+        return
     evaluate(directory=evaluation_directory(args.run_dir, total), videos=args.videos)
     finish_run(agent, args, list(dataset.info.env_specs), total, seconds, console.print)
 
 
+def _pauses(args: Args, done: int, total: int) -> bool:
+    """Whether the first process has more to do after an update than the others."""
+    intervals = (args.eval_every, args.save_every)
+    return done == total or any(every and done % every == 0 for every in intervals)
+
+
 if __name__ == "__main__":
-    run_script(main, Args)
+    run_team_script(main, Args)

@@ -1,19 +1,27 @@
 """Train a MaIL policy by the paper's recipe (Jia et al., CoRL 2024, arXiv:2406.08234).
 
     python scripts/train_mail.py --agent mail/ed-ma-ddpm --dataset data/demo --demos 10
+    python scripts/train_mail.py --agent mail/ed-ma-ddpm --suite libero_object --dataset data/object
 
-The recipe: one policy on all tasks of a dataset, 10 demonstrations per task (20% of LIBERO's 50),
-Adam at 5e-4, 50 epochs, EMA weights for the diffusion head, 20 evaluation episodes per task from
-fixed initial states; the score is the mean of task success rates after the last epoch. The eight
-variants are mail/{d-ma,ed-ma,d-tr,ed-tr}-{bc,ddpm}; add -released for the released code's quirks
-(and --demo-selection mail_legacy for its choice of demonstrations). Expect one line per task and
-epoch of evaluation, then the suite's score. --resume RUN continues a killed run exactly.
+--suite takes everything else from the paper: sizes of the chosen variant, chunk, batch, and for
+libero_goal and libero_90 language; flags given beside it win. The recipe: one policy on all tasks
+of a dataset, 10 demonstrations per task (20% of LIBERO's 50), Adam at 5e-4, 50 epochs, EMA weights
+for the diffusion head, 20 evaluation episodes per task from fixed initial states; the score is the
+mean of task success rates after the last epoch. The eight variants are
+mail/{d-ma,ed-ma,d-tr,ed-tr}-{bc,ddpm}; add -released for the released code's quirks (and
+--demo-selection mail_legacy for its choice of demonstrations). Expect one line per task and epoch
+of evaluation, then a table of the tasks and the suite's score. --resume RUN continues a killed run
+exactly. On several GPUs, with a batch that stays that of all together:
+
+    torchrun --nproc-per-node 4 scripts/train_mail.py --suite libero_90 --dataset data/libero_90
 """
 
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -26,16 +34,24 @@ from mail_agents.checkpoint import save_checkpoint
 from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import TrajectoryDataset, select_demos
 from mail_agents.errors import InvalidInputError
+from mail_agents.registry import spec
+from mail_agents.report.tables import to_rich
 from mail_agents.suite import evaluation_directory
-from mail_agents.training.runs import Run, RunArguments, run_script
+from mail_agents.training.distributed import Team, run_team_script
+from mail_agents.training.mail_suites import SUITES, Suite, suite_settings
+from mail_agents.training.runs import Run, RunArguments
 from mail_agents.training.session import (
     evaluator,
     finish_run,
     open_run,
+    reading_ahead,
     start_training,
     trainable_parameters,
     training_notes,
 )
+from mail_agents.training.step import gradients
+from mail_agents.training.task_report import task_rows
+from mail_wrappers.datasets.libero_names import tasks_of
 
 console = Console(soft_wrap=True)
 
@@ -46,6 +62,8 @@ class Args(RunArguments):
 
     agent: str = "mail/ed-ma-ddpm"
     config: AgentConfig = field(default_factory=MailConfig)
+    suite: Suite | None = None
+    """LIBERO suite whose published settings to take; the dataset must hold its tasks."""
     demos: int | None = 10
     """Demonstrations per task; None takes all."""
     demo_selection: Literal["first", "mail_legacy"] = "first"
@@ -54,6 +72,40 @@ class Args(RunArguments):
     """Passes over all windows."""
     eval_epochs: tuple[int, ...] = (40, 50)
     """Epochs after which to evaluate; the last epoch always is."""
+
+    @classmethod
+    def recommended(cls, agent: str, flag: Callable[[str], str | None]) -> Self:
+        """Takes the suite's settings where ``--suite`` names one."""
+        suite = flag("suite")
+        if suite not in SUITES:  # none, or a mistake, which the parser explains
+            return super().recommended(agent, flag)
+        return cls(agent=agent, config=spec(agent).config(suite_settings(agent, suite)))
+
+
+def check_suite(tasks: Sequence[str], suite: str) -> str | None:
+    """Refuses a dataset with tasks that are not of a suite.
+
+    Args:
+        tasks: Names of the dataset's tasks.
+        suite: The suite.
+
+    Returns:
+        A sentence where tasks of the suite are missing, else None.
+
+    Raises:
+        InvalidInputError: A task is not of the suite.
+    """
+    expected = tasks_of(suite)
+    strange = [task for task in tasks if task not in expected]
+    if strange or not tasks:
+        found = f"{strange[0]!r} is not ({len(strange)} of {len(tasks)})" if strange else "has none"
+        raise InvalidInputError(
+            f"--suite {suite} needs a dataset with tasks of that suite; {found}. Choose the suite "
+            "that the data are of, or drop --suite for other data."
+        )
+    if len(tasks) == len(expected):
+        return None
+    return f"The dataset has {len(tasks)} of the {len(expected)} tasks of {suite}."
 
 
 def select_episodes(dataset: TrajectoryDataset, args: Args) -> list[int]:
@@ -72,42 +124,42 @@ def select_episodes(dataset: TrajectoryDataset, args: Args) -> list[int]:
     return sorted(chosen)
 
 
-def main(args: Args) -> None:
+def main(args: Args, team: Team) -> None:
     """Trains epoch by epoch, evaluates and reports."""
     args.check_counts("epochs")
     if not args.agent.startswith("mail/"):
         raise InvalidInputError(f"{args.agent!r} is no MaIL agent; train it with scripts/train.py.")
     dataset = mail_agents.open_dataset(args.dataset)
+    missing = check_suite(dataset.info.tasks, args.suite) if args.suite else None
     episodes = select_episodes(dataset, args)
-    agent, state, windows, sampler = open_run(args, dataset, episodes)
-    evaluate = evaluator(args, agent, dataset, console.print)
+    agent, state, windows, sampler = open_run(args, dataset, episodes, team=team)
+    evaluate = evaluator(args, agent, dataset, console.print) if team.leads else None
     per_epoch = sampler.batches_per_epoch
     total = args.epochs * per_epoch
     first, seconds = start_training(agent, state, sampler, total)
-    for note in training_notes(agent, total):
-        console.print(f"note: {note}")
+    console.quiet = not team.leads
+    for note in (missing, *training_notes(agent, total)):
+        if note is not None:
+            console.print(f"note: {note}")
     console.print(
         f"{args.agent}: {trainable_parameters(agent):,} parameters, {len(windows):,} windows of "
         f"{len(episodes)} demonstrations of {len(dataset.info.tasks)} tasks, "
-        f"{per_epoch} updates per epoch, on {agent.device}"
+        f"{per_epoch} updates per epoch, on {team.describe(agent)}"
     )
 
     quiet = not sys.stdout.isatty()
-    with Run(args.run_dir, args, first if args.resume else None) as run:
+    resumed = first if args.resume else None
+    opened = Run(args.run_dir, args, resumed) if team.leads else nullcontext()
+    with opened as run, reading_ahead(agent, windows, sampler) as batches:
         epochs = range(first // per_epoch, args.epochs)
         for epoch in track(epochs, "epochs", console=console, disable=quiet):
             clock = time.perf_counter()
             losses = []
             agent.policy.train()
             for _ in range(per_epoch):
-                with torch.autocast(
-                    agent.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"
-                ):
-                    loss, _ = agent.loss(windows[next(sampler)])
-                agent.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss, _ = gradients(agent, next(batches), team, args.precision)
                 agent.apply_gradients()
-                losses.append(loss.detach())
+                losses.append(loss)
             mean_loss = float(torch.stack(losses).mean())
             if not np.isfinite(mean_loss):
                 raise InvalidInputError(
@@ -116,20 +168,27 @@ def main(args: Args) -> None:
                 )
             seconds += time.perf_counter() - clock
             done = (epoch + 1) * per_epoch
-            run.log(done, {"loss": mean_loss, "epoch": epoch + 1})
-            # Evaluating comes before saving: a run killed in between evaluates this epoch again.
-            if epoch + 1 in args.eval_epochs and epoch + 1 < args.epochs:
-                console.print(f"epoch {epoch + 1}, loss {mean_loss:.4f}")
-                evaluate(directory=evaluation_directory(args.run_dir, done))
-            loop = {"sampler": sampler.state_dict(), "seconds": seconds}
-            save_checkpoint(args.run_dir, done, agent, loop)
+            if run is not None and evaluate is not None:
+                run.log(done, {"loss": mean_loss, "epoch": epoch + 1})
+                # Evaluating comes before saving: a run killed in between does this epoch again.
+                if epoch + 1 in args.eval_epochs and epoch + 1 < args.epochs:
+                    console.print(f"epoch {epoch + 1}, loss {mean_loss:.4f}")
+                    evaluate(directory=evaluation_directory(args.run_dir, done))
+                loop = {"sampler": batches.state_dict(), "seconds": seconds}
+                save_checkpoint(args.run_dir, done, agent, loop)
+            team.wait()
 
+    if evaluate is None:
+        return
     final = evaluate(directory=evaluation_directory(args.run_dir, total), videos=args.videos)
-    if final:
-        rates = [each.success_rate for each in final.values() if each.success_rate is not None]
+    tasks = list(dataset.info.env_specs)
+    result = finish_run(agent, args, tasks, total, seconds, console.print)
+    if "last" in result.evaluations:
+        console.print(to_rich(task_rows(result), f"{args.agent} after {args.epochs} epochs"))
+    rates = [each.success_rate for each in final.values() if each.success_rate is not None]
+    if rates:
         console.print(f"suite score {np.mean(rates):.3f}: mean of {len(rates)} task success rates")
-    finish_run(agent, args, list(dataset.info.env_specs), total, seconds, console.print)
 
 
 if __name__ == "__main__":
-    run_script(main, Args)
+    run_team_script(main, Args)

@@ -6,10 +6,12 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, Self, TypeVar
 
 import dacite
 import gymnasium
@@ -27,7 +29,7 @@ METRICS = "metrics.jsonl"
 #: Arguments that decide the weights of a run or how it is scored: resuming cannot change them.
 _DECIDING = (
     *("agent", "config", "seed", "validation", "precision", "updates"),
-    *("observations", "demos", "demo_selection", "output"),
+    *("observations", "suite", "demos", "demo_selection", "output"),
     *("eval_episodes", "eval_seed", "target_returns"),
 )
 
@@ -73,6 +75,20 @@ class RunArguments:
         if self.resume is not None:
             return Path(self.resume)
         return Path(self.output or f"runs/{self.agent.replace('/', '-')}-s{self.seed}")
+
+    @classmethod
+    def recommended(cls, agent: str, flag: Callable[[str], str | None]) -> Self:
+        """Arguments for an agent, before any flag is applied.
+
+        Args:
+            agent: Registered id.
+            flag: Gives the text of a flag, by its name without dashes, or None: for scripts whose
+                flags choose the defaults of others.
+
+        Raises:
+            UnknownNameError: The agent does not exist.
+        """
+        return cls(agent=agent, config=spec(agent).config())
 
     def check_counts(self, *names: str) -> None:
         """Refuses numbers that are too small, by the flag that gave them.
@@ -121,7 +137,7 @@ def parse_arguments(cls: type[A], argv: Sequence[str] | None = None) -> A:
         default = dataclasses.replace(default, resume=resume)
     else:
         agent = _flag(argv, "agent") or _field_default(cls, "agent")
-        default = cls(agent=agent, config=spec(agent).config())
+        default = cls.recommended(agent, partial(_flag, argv))
     # The flags of ``config`` are those of the default's own class: tyro narrows to it.
     arguments = tyro.cli(cls, args=argv, default=default)
     if resume is not None:
@@ -155,30 +171,85 @@ def _differences(name: str, stored: Any, given: Any) -> list[str]:
     ]
 
 
+def started_processes() -> int:
+    """Number of processes that torchrun started for this training; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def run_script(main: Callable[[A], None], cls: type[A]) -> None:
     """Runs a train script from its command line, and ends with a sentence where it cannot go on.
 
     Args:
-        main: The script, given its arguments.
+        main: The script, given its arguments. It trains in one process; for several see
+            :func:`mail_agents.training.distributed.run_team_script`.
         cls: See :func:`parse_arguments`.
 
     Raises:
         SystemExit: With the sentence, or with status 130 after Ctrl-C.
     """
-    run = None
-    try:
+    refuse_torchrun()
+    with ending_in_a_sentence() as known:
         arguments = parse_arguments(cls)
-        run = arguments.run_dir
+        known.append(arguments.run_dir)
         main(arguments)
+
+
+def refuse_torchrun() -> None:
+    """Ends a script that works in one process when torchrun started more.
+
+    Raises:
+        SystemExit: With a sentence in the first process, silently in the others.
+    """
+    if started_processes() == 1:
+        return
+    text = (
+        f"error: {_script()} works in one process, and torchrun started {started_processes()}, "
+        "which would overwrite each other's results. Start it with python. (train.py and "
+        "train_mail.py train in several processes.)"
+    )
+    sys.exit(text if os.environ.get("RANK", "0") == "0" else 1)
+
+
+@contextmanager
+def ending_in_a_sentence(speaks: Callable[[], bool] = lambda: True) -> Iterator[list[Path]]:
+    """Ends the program without a traceback where the reason is known.
+
+    Args:
+        speaks: Asked when it fails: whether this process is the one to say why.
+
+    Yields:
+        A list for the run directory, as soon as it is known.
+
+    Raises:
+        SystemExit: With the sentence, with status 130 after Ctrl-C, or silently.
+    """
+    known: list[Path] = []
+    try:
+        yield known
     except (MailAgentsError, gymnasium.error.Error) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if speaks() else 1)
     except KeyboardInterrupt:
-        if run is None or not (run / ARGUMENTS).exists():
-            print("Interrupted before anything was written.", file=sys.stderr)
-        else:
-            command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
-            print(f"Interrupted. Continue with: {command}", file=sys.stderr)
+        if speaks():
+            print(_interrupted(known), file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        if speaks():
+            raise
+        sys.exit(1)
+
+
+def _interrupted(known: Sequence[Path]) -> str:
+    if not known or not (known[0] / ARGUMENTS).exists():
+        return "Interrupted before anything was written."
+    command = shlex.join([*_starter(), sys.argv[0], "--resume", str(known[0])])
+    return f"Interrupted. Continue with: {command}"
+
+
+def _starter() -> list[str]:
+    if started_processes() == 1:
+        return ["python"]
+    here = os.environ.get("LOCAL_WORLD_SIZE", str(started_processes()))
+    return ["torchrun", "--nproc-per-node", here]
 
 
 def _flag(argv: Sequence[str], name: str) -> str | None:
@@ -287,7 +358,7 @@ class Run:
             "script": _script(),
             "arguments": dataclasses.asdict(arguments),
             "versions": {"mail_agents": __version__, "python": platform.python_version()},
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join([*_starter(), *sys.argv]),
         }
         write_atomic(self.directory / ARGUMENTS, (json.dumps(text, indent=2) + "\n").encode())
 

@@ -1,5 +1,6 @@
 """What train scripts do before and after their loop: start or resume, and sum up."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mail_agents.checkpoint import (
     restore_training_state,
 )
 from mail_agents.config import AgentConfig
+from mail_agents.data.prefetch import Prefetcher
 from mail_agents.data.references import from_dataset
 from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError
@@ -33,7 +35,9 @@ from mail_agents.suite import (
     recorded_videos,
     worlds_of,
 )
+from mail_agents.training.distributed import Team
 from mail_agents.training.runs import METRICS, RunArguments, read_metrics
+from mail_agents.training.step import pinned
 
 if TYPE_CHECKING:
     from mail_agents.agent import Agent
@@ -178,6 +182,7 @@ def open_run(
     dataset: "TrajectoryDataset",
     episodes: Sequence[int] | None = None,
     config: AgentConfig | None = None,
+    team: Team | None = None,
 ) -> OpenRun:
     """Makes a new run's agent, or loads that of a resumed one, with the data it trains on.
 
@@ -186,30 +191,57 @@ def open_run(
         dataset: What the agent trains on.
         episodes: Training episodes; None takes all. The agent may choose among them.
         config: The agent's settings; None takes those of ``arguments``.
+        team: The processes that train together; None for one alone.
 
     Raises:
-        InvalidInputError: A resumed run was trained on other data.
+        InvalidInputError: A resumed run was trained on other data, or the batch cannot be split
+            over the processes.
         FeatureMismatchError: The agent cannot use the dataset.
         CorruptFileError: The checkpoint cannot be used.
     """
+    team = team or Team()
     chosen = list(range(len(dataset))) if episodes is None else list(episodes)
+    device = team.device(arguments.device)
 
     def make() -> "Agent":
         return mail_agents.make(
             arguments.agent,
             dataset.features.select(arguments.observations),
             config=config or arguments.config,
-            device=arguments.device,
+            device=device,
             seed=arguments.seed,
         )
 
     resume = arguments.resume is not None
-    agent, state = open_agent(arguments.run_dir, resume, dataset, chosen, make, arguments.device)
+    agent, state = open_agent(arguments.run_dir, resume, dataset, chosen, make, device)
     windows = dataset.windows(agent.window_spec, agent.training_episodes(dataset, chosen))
-    sampler = BatchSampler(len(windows), agent.config.optim.batch_size, arguments.seed)
+    team.check_same("dataset", f"{dataset.info.sha256} {len(windows)}")
+    team.check_same("configuration", json.dumps(agent.config.to_dict(), sort_keys=True))
+    sampler = BatchSampler(
+        len(windows),
+        team.part(agent.config.optim.batch_size),
+        arguments.seed,
+        rank=team.rank,
+        world_size=team.size,
+    )
     if arguments.compile:
         agent.policy.compile()
+    if trainable_parameters(agent):
+        team.begin(agent)
     return OpenRun(agent, state, windows, sampler)
+
+
+def reading_ahead(agent: "Agent", windows: "StepView", sampler: BatchSampler) -> Prefetcher:
+    """Batches for a train loop, gathered while it computes; its state is the sampler's.
+
+    Args:
+        agent: Its device decides whether batches are copied to pinned memory.
+        windows: From :func:`open_run`.
+        sampler: From :func:`open_run`, where :func:`start_training` has moved it.
+    """
+    if agent.device.type == "cuda":
+        return Prefetcher(windows, sampler, finish=pinned)
+    return Prefetcher(windows, sampler)
 
 
 def start_training(

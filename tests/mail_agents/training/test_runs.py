@@ -23,7 +23,7 @@ from mail_agents.training.runs import (
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RunArguments):
     """A script."""
 
     agent: str = "mail/d-ma-bc"
