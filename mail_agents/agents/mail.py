@@ -13,6 +13,7 @@ released code, each reversed by the ``-released`` presets:
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -194,6 +195,8 @@ class MailAgent(Agent):
     """MaIL in time and units; see :class:`~mail_agents.agent.Agent` for the arguments."""
 
     config: MailConfig
+    #: Embeddings by task that need no text model again; it may be out of reach by then.
+    _embedded: Mapping[str, np.ndarray] | None = None
 
     def build_policy(self) -> MailPolicy:
         """Builds the network from ``self.config`` and ``self.features``."""
@@ -201,7 +204,7 @@ class MailAgent(Agent):
 
     def task_embedder(self) -> InstructionEmbedder | None:
         """Returns the embedder of tasks, or None for an agent without language."""
-        return task_embedder(self.config.language, self.config.language_dim)
+        return task_embedder(self.config.language, self.config.language_dim, self._embedded)
 
     def missing_statistics(self) -> list[str]:
         """See :class:`~mail_agents.agent.Agent`; embeddings and image weights count, too."""
@@ -216,8 +219,15 @@ class MailAgent(Agent):
         """See :class:`~mail_agents.agent.Agent`; also starts the image networks from their file.
 
         The file is read once in the life of an agent: not again when a trained or loaded agent is
-        fitted to other data, and never to load an artifact.
+        fitted to other data, and never to load an artifact. In the same way only tasks that the
+        agent has not met are embedded.
         """
+        # What can fail comes first, so that a failure leaves the agent as it was.
+        if self.task_embeddings is not None:
+            self._embedded = dict(zip(self.tasks, self.task_embeddings, strict=True))
+        embedder = self.task_embedder()
+        if embedder is not None:
+            self._embedded = dict(zip(tasks, embedder(tasks), strict=True))
         if "image.weights" in self.missing_statistics():
             self._start_from_image_weights(str(self.config.image.weights))
         super().set_statistics(stats, tasks)

@@ -16,7 +16,7 @@ class ImageConfig:
 
     norm: Literal["group", "batch_frozen"] = "group"
     """Normalisation inside the network. 'group': group normalisation, trained. 'batch_frozen': the
-    batch normalisation of the ``weights`` file with its statistics, never trained."""
+    batch normalisation of the file of weights with its statistics, never trained."""
     shared: bool = False
     """One network for all cameras of equal size, instead of one each."""
     crop: int | None = None

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -82,14 +82,20 @@ class InstructionEmbedder:
         embed: Texts to ``(n, E)`` float32.
         dim: The E that the network was made for.
         model: Name of ``embed``, for messages.
+        known: Embeddings ``(dim,)`` of tasks that need no further work.
     """
 
     def __init__(
-        self, embed: Callable[[Sequence[str]], np.ndarray], dim: int, model: str = ""
+        self,
+        embed: Callable[[Sequence[str]], np.ndarray],
+        dim: int,
+        model: str = "",
+        known: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.embed = embed
         self.dim = dim
         self.model = model
+        self.known = known or {}
 
     def __call__(self, tasks: Sequence[str]) -> np.ndarray:
         """Embeds the instructions of tasks as ``(len(tasks), dim)`` float32.
@@ -98,8 +104,14 @@ class InstructionEmbedder:
             InvalidInputError: The embeddings have another length than the network expects, or are
                 not finite.
         """
+        new = [task for task in tasks if task not in self.known]
+        rows = self._new(new) if new else np.empty((0, self.dim), np.float32)
+        found = dict(self.known) | dict(zip(new, rows, strict=True))
+        return np.stack([found[task] for task in tasks]) if len(tasks) else rows
+
+    def _new(self, tasks: Sequence[str]) -> np.ndarray:
         rows = self.embed([instruction(task) for task in tasks])
-        if len(tasks) and rows.shape[1] != self.dim:
+        if rows.shape[1] != self.dim:
             raise InvalidInputError(
                 f"language={self.model!r} gives {rows.shape[1]} numbers per task, but the agent "
                 f"was made for language_dim={self.dim}. Make it with "
@@ -112,18 +124,21 @@ class InstructionEmbedder:
         return rows
 
 
-def task_embedder(language: str, dim: int) -> InstructionEmbedder | None:
+def task_embedder(
+    language: str, dim: int, known: Mapping[str, np.ndarray] | None = None
+) -> InstructionEmbedder | None:
     """Returns what embeds tasks; nothing is loaded before it is called.
 
     Args:
         language: ``"none"``, ``"hash"``, or a text model, see
             :class:`~mail_agents.encoders.text.TextEmbedder`.
         dim: Length of the embeddings.
+        known: Embeddings of tasks that were made before.
     """
     if language == "none":
         return None
     if language == "hash":
-        return InstructionEmbedder(HashEmbedder(dim), dim, language)
+        return InstructionEmbedder(HashEmbedder(dim), dim, language, known)
     from mail_agents.encoders.text import TextEmbedder  # imports torch
 
-    return InstructionEmbedder(TextEmbedder(language), dim, language)
+    return InstructionEmbedder(TextEmbedder(language), dim, language, known)

@@ -18,9 +18,10 @@ _OTHERS = ("hash", "none")
 class TextEmbedder:
     """Features of a pre-trained text model, one vector per text.
 
-    Models with a text tower (CLIP, SigLIP) give their projected text features, which the released
-    MaIL uses, not normalised; other models give their pooled output. The model is loaded when texts
-    are embedded and released afterwards: making an embedder costs nothing.
+    Models with a text tower (CLIP, SigLIP, or the tower alone, "...TextModelWithProjection") give
+    their projected text features, which the released MaIL uses, not normalised; other models give
+    their pooled output. The model is loaded when texts are embedded and released afterwards:
+    making an embedder costs nothing.
 
     Args:
         model: Id on the Hugging Face hub, for example ``"openai/clip-vit-base-patch32"``, or a
@@ -55,7 +56,11 @@ class TextEmbedder:
     def _load(self, transformers: Any) -> tuple[Any, Any]:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
-            network, info = transformers.AutoModel.from_pretrained(
+            config = transformers.AutoConfig.from_pretrained(self.model)
+            kind = (config.architectures or [""])[0]
+            # AutoModel would drop the projection of a tower that was saved alone.
+            tower = kind if kind.endswith("TextModelWithProjection") else "AutoModel"
+            network, info = getattr(transformers, tower).from_pretrained(
                 self.model, output_loading_info=True
             )
         except Exception as error:  # the hub, the files and the configuration fail in many ways
@@ -93,7 +98,8 @@ class TextEmbedder:
         except (TypeError, ValueError) as error:
             raise self._no_features(type(network).__name__) from error
         if not isinstance(features, Tensor):  # a record of outputs
-            features = getattr(features, "pooler_output", None)
+            named = (getattr(features, name, None) for name in ("text_embeds", "pooler_output"))
+            features = next((tensor for tensor in named if tensor is not None), None)
         if features is None:
             raise self._no_features(type(network).__name__)
         return features[0].float()

@@ -231,8 +231,12 @@ def test_a_text_model_is_needed_once(make_text_model, tmp_path):
         each.reset(task=agent.tasks[0], seed=0)
         actions.append(each.act(observation))
     np.testing.assert_array_equal(*actions)
+    before, stats = loaded.task_embeddings, dataset.stats()
+    loaded.set_statistics(stats, tasks=loaded.tasks[::-1])  # known tasks need no model
+    np.testing.assert_array_equal(loaded.task_embeddings, before[::-1])
     with pytest.raises(InvalidInputError, match="Cannot load the text model"):
-        loaded.fit_statistics(dataset)
+        loaded.set_statistics(stats, tasks=("open the door",))
+    assert loaded.tasks == agent.tasks[::-1]
 
 
 def test_the_length_of_a_text_models_embeddings_is_told(make_text_model):

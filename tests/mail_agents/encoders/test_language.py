@@ -1,8 +1,14 @@
 import numpy as np
 import pytest
 
-from mail_agents.encoders.language import HashEmbedder, instruction, task_embedder
+from mail_agents.encoders.language import (
+    HashEmbedder,
+    InstructionEmbedder,
+    instruction,
+    task_embedder,
+)
 from mail_agents.errors import InvalidInputError
+from mail_wrappers.datasets import libero_names
 
 
 def test_values_are_fixed_for_ever():
@@ -57,6 +63,25 @@ def test_bad_texts_are_refused():
 )
 def test_instructions_are_what_names_say(task, text):
     assert instruction(task) == text
+
+
+def test_instructions_of_all_libero_tasks_are_those_of_the_data():
+    tasks = [task for suite in libero_names.SUITES for task in libero_names.tasks_of(suite)]
+    assert len(tasks) == 130
+    assert [instruction(task) for task in tasks] == list(map(libero_names.instruction, tasks))
+
+
+def test_known_tasks_are_not_embedded_again():
+    asked = []
+
+    def embed(texts):
+        asked.extend(texts)
+        return np.zeros((len(texts), 2), np.float32)
+
+    embedder = InstructionEmbedder(embed, 2, known={"a_b": np.ones(2, np.float32)})
+    assert embedder(["c_d", "a_b"]).tolist() == [[0, 0], [1, 1]]
+    assert asked == ["c d"]
+    assert embedder([]).shape == (0, 2)
 
 
 def test_hashed_embeddings_of_names_are_those_of_their_words():

@@ -28,6 +28,23 @@ def test_features_are_the_projected_ones_of_the_text_tower(clip):
     np.testing.assert_allclose(rows, expected.numpy(), atol=1e-6)
 
 
+def test_a_text_tower_that_was_saved_alone_gives_the_same_features(make_text_model, tmp_path):
+    import transformers
+
+    whole = make_text_model("clip")
+    model = transformers.CLIPModel.from_pretrained(whole)
+    config = transformers.CLIPTextConfig(
+        **model.config.text_config.to_dict() | {"projection_dim": 12}
+    )
+    tower = transformers.CLIPTextModelWithProjection(config)
+    tower.load_state_dict(model.state_dict(), strict=False)
+    alone = tmp_path / "alone"
+    tower.save_pretrained(alone)
+    transformers.AutoTokenizer.from_pretrained(whole).save_pretrained(alone)
+    rows = [TextEmbedder(str(folder))(["open the door"]) for folder in (whole, alone)]
+    np.testing.assert_allclose(*rows, atol=1e-6)
+
+
 def test_a_text_has_the_same_numbers_in_any_company_and_random_streams_are_left_alone(clip):
     embed = TextEmbedder(str(clip))
     before = torch.get_rng_state()
