@@ -65,8 +65,8 @@ class LiberoEnv(ManipulationEnv):
 
     Differences from upstream: an episode depends on seed and options alone. There, a reset without
     reload keeps the gripper's command and the fixtures' places, and placements come from NumPy's
-    global generator. Given the same seed, initial state and actions, states and observations equal
-    those of upstream's environment with ``hard_reset`` bit for bit.
+    global generator. Given the same seed, initial state and actions, states and observations
+    (images in ``"stock"`` quality) equal those of a newly made ``OffScreenRenderEnv`` bit for bit.
 
     Args:
         task: LIBERO's name of the task, the stem of its files.

@@ -96,6 +96,9 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     #: robosuite's sensors that observations are made of.
     sensors: tuple[str, ...] = ()
 
+    #: Whether the images of robosuite's own reset are those that the episode starts with.
+    draws_in_reset = False
+
     def _own_sensors(self) -> dict[str, Callable[[], np.ndarray]]:
         """Further sensors, read at the moment at which robosuite reads its own."""
         return {}
@@ -176,7 +179,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         chosen = self._checked_options(dict(options or {}))
         if seed is None:
             seed = int(self.np_random.integers(2**32))
-        self._drawing = False
+        self._drawing = self.draws_in_reset
         with global_random(seed), quiet():
             self._forget()
             self._restart()

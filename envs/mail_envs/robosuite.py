@@ -77,6 +77,8 @@ class RobosuiteEnv(ManipulationEnv):
         "robot0_gripper_qpos",
         "object-state",
     )
+    # A further reading would move the moments at which robosuite reads its sensors.
+    draws_in_reset = True
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class RobosuiteEnv(ManipulationEnv):
     def _start(self, options: dict[str, Any]) -> dict[str, Any]:
         if "state" in options:
             self._set_state(options["state"])
-        self._refresh()
+            self._refresh()
         return {}
 
     def _state_observation(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
