@@ -380,11 +380,16 @@ def _verify(command: Verify) -> int:
     from mail_agents.data.store import open_dataset
     from mail_agents.replay import replay_dataset
 
-    failed = 0
+    judged = []
     for replayed in replay_dataset(open_dataset(command.path), command.replay):
         print(replayed, flush=True)
-        failed += not replayed.ok
-    print(f"{failed} episodes differ" if failed else "every replayed episode is reproduced")
+        judged.append(replayed.ok)
+    failed = judged.count(False)
+    print(
+        f"{failed} of {len(judged)} replayed episodes differ"
+        if failed
+        else "every replayed episode is reproduced"
+    )
     return 1 if failed else 0
 
 

@@ -17,8 +17,10 @@ def dataset_report(dataset: ArrayDataset) -> dict[str, Any]:
     Returns:
         ``name``, ``sha256``, ``episodes``, ``steps``, ``length`` and ``return`` (min, mean, max;
         the return also has a ``histogram`` of counts between ``edges``), ``success`` (share of the
-        episodes that report it, or None), ``tasks`` (episodes by task) and ``features`` (kind,
-        dtype, shape, min, mean, max and number of NaN values by key; text has counts only).
+        episodes that report it, or None), ``alignment`` (whether observations are from before or
+        after the action beside them, where episodes state it), ``tasks`` (episodes by task) and
+        ``features`` (kind, dtype, shape, orientation of images that state it, min, mean, max and
+        number of NaN values by key; text has counts only).
     """
     returns = dataset.episode_returns
     counts, edges = np.histogram(returns, bins=_BINS)
@@ -39,6 +41,7 @@ def dataset_report(dataset: ArrayDataset) -> dict[str, Any]:
             "edges": edges.tolist(),
         },
         "success": float(np.mean(reported)) if reported else None,
+        "alignment": sorted({m["alignment"] for m in dataset.table.metas if m.get("alignment")}),
         "tasks": {**tasks, **({"(no task)": untold} if untold else {})},
         "features": _features(dataset),
     }
@@ -58,6 +61,8 @@ def _features(dataset: ArrayDataset) -> dict[str, Any]:
             "dtype": feature.dtype,
             "shape": list(feature.shape),
         }
+        if feature.orientation is not None:
+            item["orientation"] = feature.orientation
         if key in stats:
             found = stats[key]
             item.update(min=float(found.min.min()), mean=float(found.mean.mean()))
@@ -85,6 +90,8 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     if report["success"] is not None:
         lines.append(f"success {report['success']:.1%}")
+    for alignment in report["alignment"]:
+        lines.append(f"observations are from {alignment.replace('_', ' the ')} beside them")
     top = max(returns["histogram"])
     for i, count in enumerate(returns["histogram"]):
         low, high = returns["edges"][i : i + 2]
@@ -96,7 +103,7 @@ def format_report(report: dict[str, Any]) -> str:
         text = f"  {key:<24} {item['kind']:<10} {item['dtype']:<8} {tuple(item['shape'])!s:<16}"
         if "mean" in item:
             text += f" min {item['min']:.4g}  mean {item['mean']:.4g}  max {item['max']:.4g}"
-            text += f"  NaN {item['nan']}"
+            text += f"  NaN {item['nan']}  {item.get('orientation', '')}"
         lines.append(text.rstrip())
     return "\n".join(lines)
 

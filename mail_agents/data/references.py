@@ -1,4 +1,4 @@
-"""Reference returns of a dataset: what fixes the scale of its scores, checked before it is stored."""
+"""Reference returns of a dataset: they fix the scale of its scores and are checked first."""
 
 import math
 from collections.abc import Mapping

@@ -191,6 +191,13 @@ def test_convert_reads_and_writes_by_format(store, converters, capsys):
     assert cli.main(["data", "convert", "tape:reel/7", "out", "--overwrite"]) == 0
     options = ["--env", "Hopper-v5", "--keep-trailing"]
     assert cli.main(["data", "convert", "tape:reel/7", "out", *options]) == 0
+    options = ["--demos", "10", "--demo-selection", "mail_legacy", "--align", "causal"]
+    assert cli.main(["data", "convert", "tape:reel/7", "out", *options]) == 0
+    assert converters.pop()[-1] == {
+        "demos": 10,
+        "demo_selection": "mail_legacy",
+        "align": "causal",
+    }
     assert converters == [
         ("read", "reel/7", "out", {}),
         ("write", 3, "mine/reel-v0"),

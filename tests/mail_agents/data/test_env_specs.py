@@ -3,10 +3,17 @@
 import json
 
 import gymnasium
+import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 
-from mail_agents.data.env_specs import importable_id, spec_to_dict
+from mail_agents.data import Episode
+from mail_agents.data.env_specs import (
+    importable_id,
+    recorded_start,
+    recording_kwargs,
+    spec_to_dict,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,3 +39,21 @@ def test_a_description_makes_the_environment_again():
     spec = gymnasium.make("CartPole-v1", max_episode_steps=7).spec
     again = gymnasium.make(EnvSpec.from_json(json.dumps(spec_to_dict(spec))))
     assert again.spec.max_episode_steps == 7
+
+
+def test_keyword_arguments_of_a_recording_by_task_or_for_all():
+    assert recording_kwargs({"env_kwargs": {"a": 1}}, "x") == {"a": 1}
+    assert recording_kwargs({"recorded_with": {"x": {"a": 2}}}, "x") == {"a": 2}
+    assert recording_kwargs({"recorded_with": {"x": {"a": 2}}}, "y") == {}
+
+
+def test_an_episode_starts_from_its_seed_or_else_from_its_first_state():
+    parts = ({"o": np.zeros((2, 1))}, np.zeros((1, 1)), *np.zeros((3, 1)))
+    options = {"init_state": 3}
+    seeded = Episode(*parts, seed=4, meta={"options": options}, infos={"states": np.ones((2, 5))})
+    assert recorded_start(seeded) == {"seed": 4, "options": options}
+    stated = Episode(*parts, infos={"states": np.array([[1.0, 2.0], [3.0, 4.0]])})
+    start = recorded_start(stated)
+    assert start is not None
+    assert start["options"]["state"].tolist() == [1, 2]
+    assert recorded_start(Episode(*parts)) is None

@@ -34,6 +34,23 @@ def test_report_counts_everything(tmp_path, make_episode):
     assert text.count("#") > 0
 
 
+def test_alignment_and_orientation_are_shown_where_they_are_stated(make_episode):
+    from dataclasses import replace
+
+    plain = make_episode(0, 3, text=False)
+    assert dataset_report(MemoryDataset([plain]))["alignment"] == []
+    features = plain.features()
+    front = replace(features.observations["cameras/front"], orientation="raw")
+    features = replace(features, observations={**features.observations, "cameras/front": front})
+    episode = replace(plain, meta={**plain.meta, "alignment": "after_action"})
+    report = dataset_report(MemoryDataset([episode], features=features))
+    assert report["features"]["cameras/front"]["orientation"] == "raw"
+    assert "orientation" not in report["features"]["state"]
+    text = format_report(report)
+    assert "observations are from after the action beside them" in text
+    assert next(line for line in text.splitlines() if "cameras/front" in line).endswith("raw")
+
+
 def test_nan_is_counted_in_data_made_elsewhere(make_episode):
     dataset = MemoryDataset([make_episode(0, 4)])
     damaged = dataset.column("obs/state").copy()
