@@ -91,9 +91,16 @@ def _libero_expert(env: gymnasium.Env) -> ScriptedExpert:
     return LiberoExpert(env)
 
 
+def _robosuite_expert(env: gymnasium.Env) -> ScriptedExpert:
+    from mail_envs.robosuite_experts import robosuite_expert  # imports MuJoCo
+
+    return robosuite_expert(env)
+
+
 _EXPERTS: Mapping[str, Callable[[gymnasium.Env], ScriptedExpert]] = {
     "metaworld": MetaWorldExpert,
     "libero": _libero_expert,
+    "robosuite": _robosuite_expert,
 }
 
 

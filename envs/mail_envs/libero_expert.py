@@ -1,6 +1,5 @@
 """A scripted expert for the pick-and-place tasks of LIBERO (Liu et al. 2023)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import gymnasium
@@ -9,12 +8,10 @@ import numpy as np
 from mail_agents.errors import InvalidInputError
 from mail_envs.pick_place import (
     CLOSE,
-    NOISE_SCALE,
     OPEN,
     Extent,
-    Hand,
     Motion,
-    Scene,
+    PlannedExpert,
     about_z,
     mujoco,
     plan_grasps,
@@ -45,7 +42,7 @@ class Place:
     inside: bool
 
 
-class LiberoExpert:
+class LiberoExpert(PlannedExpert):
     """Picks up the object of each goal from above and puts it where the goal wants it.
 
     It knows where everything is. An object that was lost, or lies beside its goal, is picked up
@@ -60,47 +57,28 @@ class LiberoExpert:
     """
 
     name = "mail_envs.libero_expert.LiberoExpert"
-    noise_scale = NOISE_SCALE
 
     def __init__(self, env: gymnasium.Env) -> None:
-        self._env = env
-        for goal in env.get_wrapper_attr("goals"):
+        super().__init__(env)
+        self._goals: list[list[str]] = env.get_wrapper_attr("goals")
+        for goal in self._goals:
             if goal[0].lower() not in _PLACEMENTS or not self._movable(goal[1]):
                 raise InvalidInputError(
                     f"The scripted expert only picks and places, and this task wants "
                     f"{' '.join(goal)}. Choose a task of libero_object or libero_spatial, or "
                     "convert human demonstrations: mail-agents data convert libero:DIR OUT."
                 )
-        self._plan: Motion | None = None
-
-    def reset(self) -> None:
-        """Plans anew from the state that the environment is in."""
-        env = self._env
-        self._scene = Scene(env.get_wrapper_attr("model"), env.get_wrapper_attr("data"))
-        self._hand = Hand(self._scene)
-        self._down, self._closing = self._hand.upright()
-        self._start = self._hand.position
-        self._plan = self._play(env.get_wrapper_attr("goals"))
-
-    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Returns the float32 ``(7,)`` action for the simulator's present state."""
-        if self._plan is None:
-            raise InvalidInputError("Call the expert's reset() after env.reset().")
-        return next(self._plan).astype(np.float32)
 
     def _movable(self, name: str) -> bool:
         model = self._env.get_wrapper_attr("model")
-        joint = model.body_jntadr[self._env.get_wrapper_attr("body_id")(name)]
+        joint = model.body_jntadr[self._body(name)]
         return bool(joint >= 0 and model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_FREE)
 
-    def _play(self, goals: list[list[str]]) -> Motion:
-        for _ in range(_SETTLE_STEPS):
-            if not self._scene.moving():
-                break
-            yield self._hand.action(self._start, self._down, OPEN)
-        tries = dict.fromkeys(range(len(goals)), 0)
+    def _play(self) -> Motion:
+        yield from self._settle(_SETTLE_STEPS)
+        goals, tries = self._goals, [0] * len(self._goals)
         while True:
-            wanting = [i for i in tries if not self._placed(goals[i])]
+            wanting = [i for i, goal in enumerate(goals) if not self._placed(goal)]
             if not wanting:
                 yield self._hand.action(self._hand.position, self._down, OPEN)
                 continue
@@ -110,38 +88,25 @@ class LiberoExpert:
 
     def _pick_and_place(self, goal: list[str], attempt: int) -> Motion:
         """One attempt at a goal; gives up early when the object slips away."""
-        body = self._env.get_wrapper_attr("body_id")(goal[1])
-        place = self._place(goal)
+        body, place, hand = self._body(goal[1]), self._place(goal), self._hand
         rim = any(part in goal[1] for part in _HOLLOW)
         grasps = plan_grasps(self._scene, body, self._closing, rim=rim)
         if not grasps:
-            yield from self._hand.stay(self._down, OPEN, 1)
+            yield from hand.stay(self._down, OPEN, 1)
             return
         grasp = grasps[attempt % len(grasps)]
-        turned = about_z(grasp.yaw) @ self._down
-        hand, before = self._hand, self._scene.extent(body)
-        above = np.array([*grasp.point[:2], before.high[2] + 0.10])
-        yield from hand.go(above, turned, OPEN, within=0.015, steps=100, turned_within=0.1)
-        yield from hand.go(grasp.point, turned, OPEN, within=0.008, steps=60)
-        if np.linalg.norm(grasp.point - hand.position) > 0.015:  # something is in the way
-            yield from hand.go(above, turned, OPEN, within=0.02, steps=40)
+        turned, before = about_z(grasp.yaw) @ self._down, self._scene.extent(body)
+        if not (yield from self._grasp(grasp, before.high[2])):
             return
-        yield from hand.stay(turned, CLOSE, 12)
-        target = self._target(place)
-        carry = max(self._start[2], target.high[2] + 0.12, grasp.point[2] + 0.10)
+        top = self._target(place).high[2]
+        carry = max(self._start[2], top + 0.12, grasp.point[2] + 0.10)
         lift = np.array([*hand.position[:2], carry])
         yield from hand.go(lift, turned, CLOSE, within=0.02, steps=60)
         if self._scene.extent(body).low[2] < before.low[2] + 0.02:
             yield from hand.stay(turned, OPEN, 6)
             return
         yield from self._put(body, place, turned, carry)
-        yield from hand.stay(turned, OPEN, 10)
-        away = hand.position + np.array([0.0, 0.0, 0.10])
-        yield from hand.go(away, turned, OPEN, within=0.02, steps=40)
-        for _ in range(20):
-            if not self._scene.moving():
-                break
-            yield from hand.stay(turned, OPEN, 1)
+        yield from self._release(turned)
 
     def _put(self, body: int, place: Place, turned: np.ndarray, carry: float) -> Motion:
         """Carries what is in the hand over its place and lowers it."""
@@ -167,7 +132,7 @@ class LiberoExpert:
         inside = goal[0].lower() == "in"
         site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, name)
         if site < 0:
-            return Place(self._env.get_wrapper_attr("body_id")(name), None, inside)
+            return Place(self._body(name), None, inside)
         return Place(int(model.site_bodyid[site]), site, inside)
 
     def _target(self, place: Place) -> Extent:
@@ -184,7 +149,7 @@ class LiberoExpert:
 
     def _placed(self, goal: list[str]) -> bool:
         """Whether the object is where its goal wants it, as far as boxes can tell."""
-        box = self._scene.extent(self._env.get_wrapper_attr("body_id")(goal[1]))
+        box = self._scene.extent(self._body(goal[1]))
         place = self._place(goal)
         target = self._target(place)
         near = np.abs(box.centre[:2] - target.centre[:2])

@@ -6,10 +6,11 @@ displacement (1 is 5 cm), rotation vector (1 is 0.5 rad), both along the world's
 (+1 closes, -1 opens).
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 from mail_agents.errors import InvalidInputError
@@ -127,6 +128,22 @@ class Scene:
         return False
 
 
+@dataclass(frozen=True)
+class Grasp:
+    """Where to close the fingers, from above.
+
+    Attributes:
+        point: Point between the finger tips, ``(3,)`` metres.
+        yaw: Rotation about the vertical, radians, from the upright hand.
+        cost: Metres of penetration of hand and fingers with other things, plus half the metres
+            beyond the comfortable reach, plus small preferences.
+    """
+
+    point: np.ndarray
+    yaw: float
+    cost: float
+
+
 class Hand:
     """The Panda's hand, driven by ``OSC_POSE`` actions.
 
@@ -222,6 +239,90 @@ class Hand:
             yield self.action(target, rotation, gripper)
 
 
+class PlannedExpert:
+    """An expert of a Panda arm whose plan is written as a generator of actions.
+
+    Args:
+        env: An environment whose ``model``, ``data`` and ``body_id`` can be read.
+    """
+
+    name = "mail_envs.pick_place.PlannedExpert"
+    noise_scale = NOISE_SCALE
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        self._env = env
+        self._plan: Motion | None = None
+
+    def reset(self) -> None:
+        """Plans anew from the state that the environment is in."""
+        env = self._env  # a reset may have replaced the model
+        self._scene = Scene(env.get_wrapper_attr("model"), env.get_wrapper_attr("data"))
+        self._hand = Hand(self._scene)
+        self._down, self._closing = self._hand.upright()
+        self._start = self._hand.position
+        self._plan = self._play()
+
+    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Returns the float32 ``(7,)`` action for the simulator's present state."""
+        if self._plan is None:
+            raise InvalidInputError("Call the expert's reset() after env.reset().")
+        return next(self._plan).astype(np.float32)
+
+    def _play(self) -> Motion:
+        """The whole episode; never returns."""
+        raise NotImplementedError
+
+    def _body(self, name: str) -> int:
+        return self._env.get_wrapper_attr("body_id")(name)
+
+    def _settle(self, steps: int) -> Motion:
+        """Waits with an open hand until everything has come to rest, at most ``steps`` steps."""
+        for _ in range(steps):
+            if not self._scene.moving():
+                return
+            yield self._hand.action(self._start, self._down, OPEN)
+
+    def _rest(self, rotation: np.ndarray, gripper: float) -> Motion:
+        """Stays here for ever."""
+        target = self._hand.position
+        while True:
+            yield self._hand.action(target, rotation, gripper)
+
+    def _grasp(self, grasp: Grasp, top: float) -> Generator[np.ndarray, None, bool]:
+        """Goes above a grasp, down, and closes the hand.
+
+        Args:
+            grasp: Where.
+            top: Height of the object's top, metres.
+
+        Returns:
+            False when something was in the way; the hand is then open and above again.
+        """
+        hand, turned = self._hand, about_z(grasp.yaw) @ self._down
+        above = np.array([*grasp.point[:2], top + 0.10])
+        # Turning with an outstretched arm may straighten the elbow for good, so turn at home first.
+        if np.linalg.norm(rotation_vector(turned @ hand.rotation.T)) > 0.3:
+            yield from hand.go(self._start, turned, OPEN, within=0.08, steps=60, turned_within=0.3)
+        yield from hand.go(above, turned, OPEN, within=0.015, steps=100, turned_within=0.1)
+        yield from hand.go(grasp.point, turned, OPEN, within=0.008, steps=60)
+        if np.linalg.norm(grasp.point - hand.position) > 0.015:
+            yield from hand.go(above, turned, OPEN, within=0.02, steps=40)
+            return False
+        yield from hand.stay(turned, CLOSE, 12)
+        return True
+
+    def _release(self, rotation: np.ndarray) -> Motion:
+        """Opens the hand, goes up 10 cm and waits for what it let go."""
+        hand = self._hand
+        yield from hand.stay(rotation, OPEN, 10)
+        away = hand.position + np.array([0.0, 0.0, 0.10])
+        yield from hand.go(away, rotation, OPEN, within=0.02, steps=40)
+        for _ in range(20):
+            if not self._scene.moving():
+                return
+            yield from hand.stay(rotation, OPEN, 1)
+
+
 def rotation_vector(rotation: np.ndarray) -> np.ndarray:
     """Axis times angle, ``(3,)`` radians, of a rotation matrix ``(3, 3)``."""
     quaternion = np.empty(4)
@@ -235,22 +336,6 @@ def about_z(angle: float) -> np.ndarray:
     """Matrix ``(3, 3)`` of a rotation about the vertical by ``angle`` radians."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
-
-
-@dataclass(frozen=True)
-class Grasp:
-    """Where to close the fingers, from above.
-
-    Attributes:
-        point: Point between the finger tips, ``(3,)`` metres.
-        yaw: Rotation about the vertical, radians, from the upright hand.
-        cost: Metres of penetration of hand and fingers with other things, plus half the metres
-            beyond the comfortable reach, plus small preferences.
-    """
-
-    point: np.ndarray
-    yaw: float
-    cost: float
 
 
 def plan_grasps(
@@ -287,6 +372,22 @@ def plan_grasps(
             cost = _penetration(point, low, high) + preference + 0.002 * abs(yaw)
             grasps.append(Grasp(point @ axes, float(yaw), float(cost + 0.5 * max(far, 0.0))))
     return sorted(grasps, key=lambda grasp: grasp.cost)
+
+
+def aligned_yaws(turn: np.ndarray, closing: np.ndarray) -> list[float]:
+    """The two hand rotations at which the fingers are parallel to a box's sides, small one first.
+
+    Args:
+        turn: Orientation matrix of the box, ``(3, 3)``.
+        closing: Horizontal unit vector along which the fingers close at yaw 0.
+
+    Returns:
+        Radians in [-pi/4, pi/4], and that plus or minus a quarter turn.
+    """
+    side = turn[:, np.argmax(np.linalg.norm(turn[:2], axis=0))]
+    angle = np.arctan2(side[1], side[0]) - np.arctan2(closing[1], closing[0])
+    small = float((angle + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+    return [small, small - np.copysign(np.pi / 2, small)]
 
 
 def _middle_points(box: Extent) -> Iterator[tuple[np.ndarray, float]]:
