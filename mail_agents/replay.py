@@ -190,7 +190,7 @@ class _Worst:
 
 
 def _replay(env: gymnasium.Env, episode: Episode, index: int) -> Replayed:
-    start = recorded_start(episode)
+    start = recorded_start(episode, env)
     if start is None:
         raise InvalidInputError(
             f"Episode {index} has neither a seed nor simulator states, so where it started is "

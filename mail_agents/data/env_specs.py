@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from mail_agents.data.episode import Episode
@@ -47,15 +48,31 @@ def recording_kwargs(source: Mapping[str, Any], task: str | None) -> dict[str, A
     return dict(kwargs)
 
 
-def recorded_start(episode: Episode) -> dict[str, Any] | None:
+def recorded_start(episode: Episode, env: gymnasium.Env) -> dict[str, Any] | None:
     """Arguments of ``reset`` that start an episode again where it was started.
 
+    Args:
+        episode: The recorded episode.
+        env: Where it shall start. Its method ``reset_options()``, if it has one, names the options
+            that it takes.
+
     Returns:
-        Its seed and options; without a seed, the first of the recorded simulator states (and seed
-        0 for what a state leaves open, so that it is always the same); None when it has neither.
+        Its seed and options. Without a seed, the first of the recorded simulator states, where
+        fixtures stood if the recording and the environment know of them, and seed 0 for what these
+        leave open. None when it has neither seed nor states.
     """
     if episode.seed is not None:
         return {"seed": episode.seed, "options": episode.meta.get("options")}
-    if "states" in episode.infos:
-        return {"seed": 0, "options": {"state": episode.infos["states"][0].copy()}}
-    return None
+    if "states" not in episode.infos:
+        return None
+    options: dict[str, Any] = {"state": episode.infos["states"][0].copy()}
+    if "fixtures" in episode.meta and "fixtures" in _reset_options(env):
+        options["fixtures"] = episode.meta["fixtures"]
+    return {"seed": 0, "options": options}
+
+
+def _reset_options(env: gymnasium.Env) -> tuple[str, ...]:
+    try:
+        return tuple(env.get_wrapper_attr("reset_options")())
+    except AttributeError:
+        return ()

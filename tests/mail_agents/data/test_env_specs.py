@@ -47,13 +47,22 @@ def test_keyword_arguments_of_a_recording_by_task_or_for_all():
     assert recording_kwargs({"recorded_with": {"x": {"a": 2}}}, "y") == {}
 
 
+class Placed(gymnasium.Env):
+    def reset_options(self):
+        return ("state", "fixtures")
+
+
 def test_an_episode_starts_from_its_seed_or_else_from_its_first_state():
     parts = ({"o": np.zeros((2, 1))}, np.zeros((1, 1)), *np.zeros((3, 1)))
-    options = {"init_state": 3}
-    seeded = Episode(*parts, seed=4, meta={"options": options}, infos={"states": np.ones((2, 5))})
-    assert recorded_start(seeded) == {"seed": 4, "options": options}
-    stated = Episode(*parts, infos={"states": np.array([[1.0, 2.0], [3.0, 4.0]])})
-    start = recorded_start(stated)
-    assert start is not None
-    assert start["options"]["state"].tolist() == [1, 2]
-    assert recorded_start(Episode(*parts)) is None
+    plain, placed = gymnasium.Env(), gymnasium.Wrapper(Placed())
+    meta = {"options": {"init_state": 3}, "fixtures": {"cabinet": [0.0] * 7}}
+    states = {"states": np.array([[1.0, 2.0], [3.0, 4.0]])}
+    seeded = Episode(*parts, seed=4, meta=meta, infos=states)
+    for env in (plain, placed):
+        assert recorded_start(seeded, env) == {"seed": 4, "options": {"init_state": 3}}
+    for env, known in ((plain, False), (placed, True)):
+        start = recorded_start(Episode(*parts, meta=meta, infos=states), env)
+        assert start is not None
+        assert start["options"]["state"].tolist() == [1, 2]
+        assert start["options"].get("fixtures") == (meta["fixtures"] if known else None)
+    assert recorded_start(Episode(*parts), plain) is None

@@ -68,6 +68,29 @@ def test_causal_alignment_pairs_each_observation_with_the_next_action(tmp_path, 
     assert (episode.success, episode.terminations[-1]) == (True, True)
 
 
+MODEL = """<mujoco><worldbody>
+  <body name="table" pos="0 0 1"/>
+  <body name="robot0_base" pos="1 0 1"/>
+  <body name="milk_1_main" pos="1 1 1"><joint type="free"/></body>
+  <body name="soup_1_main"><freejoint/></body>
+  <body name="cabinet_1_main" pos="0.1 0.2 0.9" quat="0 0 0 1"><body name="inner_main"/></body>
+  <body name="stove_1_main"/>
+</worldbody></mujoco>"""
+
+
+def test_where_fixtures_stood_is_taken_from_the_model(tmp_path, demo_files):
+    path = demo_files.libero(
+        tmp_path / f"{demo_files.milk}_demo.hdf5",
+        change=lambda f: f["data/demo_1"].attrs.update(model_file=MODEL),
+    )
+    without, placed = read_demos(path)
+    assert "fixtures" not in without.meta
+    assert placed.meta["fixtures"] == {
+        "cabinet_1": [0.1, 0.2, 0.9, 0, 0, 0, 1],
+        "stove_1": [0, 0, 0, 1, 0, 0, 0],
+    }
+
+
 def test_options_of_a_conversion_are_part_of_its_identity(tmp_path, demo_files):
     path = demo_files.libero(tmp_path / f"{demo_files.milk}_demo.hdf5", 12)
     dataset = convert_demos(path, tmp_path / "a", demos=3, demo_selection="mail_legacy")
@@ -150,6 +173,7 @@ def images(size: int, dtype: Any = np.uint8, wide: int = 0) -> np.ndarray:
         (lambda f: f["data/demo_1"].attrs.update(num_samples=9), "num_samples .* is 9"),
         (lambda f: f["data"].attrs.update(env_args="{"), "'env_args' of /data is not a JSON"),
         (lambda f: f["data"].attrs.update(env_args="[]"), "it holds a list"),
+        (lambda f: f["data/demo_1"].attrs.update(model_file="<a>"), "not a MuJoCo model"),
     ],
 )
 def test_files_that_cannot_be_what_they_say(tmp_path, demo_files, change, message):

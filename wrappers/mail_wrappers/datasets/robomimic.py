@@ -39,7 +39,8 @@ def read_demos(
     (upstream ``scripts/create_dataset.py``); training code reads them as they are, and so does
     this: ``meta["alignment"]`` is ``"after_action"``. They hold T observations: where ``next_obs``
     is missing, the last one is repeated as the final observation, and
-    ``meta["final_observation"]`` is ``"repeated"``. Windows never show it.
+    ``meta["final_observation"]`` is ``"repeated"``. Windows never show it. ``meta["fixtures"]``
+    says where cabinets and other fixtures stood, for replays.
 
     Args:
         source: One HDF5 file, or a folder of them (read in name order).
@@ -166,6 +167,9 @@ def _read_demo(facts: FileFacts, group: h5py.Group, key: str, align: Align) -> E
     if "rewards" in group:
         meta.setdefault("success", bool((rewards > 0).any()))
     _check_samples(path, group, length)
+    placed = rf.fixtures(path, group) if facts.libero else {}
+    if placed:
+        meta["fixtures"] = placed
     infos = {n: rf.array(path, group, n, length) for n in (_BEFORE, _BESIDE) if n in group}
     if align == "causal":
         if length < 2:

@@ -23,7 +23,7 @@ from mail_wrappers.datasets.robomimic_file import EXTRAS
 
 _SIMULATED = ("mail_envs:libero_", "mail_envs:robosuite/")
 #: Meta that reading the file gives again.
-_DERIVED = ("source_id", "alignment", "final_observation")
+_DERIVED = ("source_id", "alignment", "final_observation", "fixtures")
 
 
 def write_libero(dataset: TrajectoryDataset, output: str | os.PathLike[str]) -> Path:
@@ -202,7 +202,7 @@ class _TaskFile:
             env.close()
 
     def _model(self, env: gymnasium.Env, index: int, episode: Episode) -> str:
-        start = recorded_start(episode)
+        start = recorded_start(episode, env)
         if start is None:
             raise InvalidInputError(
                 f"Episode {index} has neither a seed nor simulator states, so its simulator model "

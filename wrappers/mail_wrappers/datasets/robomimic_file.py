@@ -1,6 +1,7 @@
 """Groups, arrays and attributes of one demonstration file, with errors that name file and key."""
 
 import json
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ EXTRAS = "mail_agents"
 COUNTS = ("num_demos", "total")
 
 _LFS = b"version https://git-lfs"
+_FIXTURE = "_main"
 _IMAGE_ENDINGS = ("_rgb", "_image")
 
 
@@ -192,3 +194,34 @@ def json_attribute(path: Path, group: h5py.Group, name: str) -> dict[str, Any]:
             f"{path}: attribute {name!r} of {group.name} is not a JSON object ({error})."
         ) from error
     return value
+
+
+def fixtures(path: Path, demo: h5py.Group) -> dict[str, list[float]]:
+    """Where the fixtures of LIBERO stood in a demonstration: states leave that out.
+
+    Returns:
+        Position (3, m) and quaternion (4, w first) by name, such as ``wooden_cabinet_1``: of the
+        bodies of ``model_file`` that stand in the world without a joint and are named like
+        LIBERO's objects. {} without a model.
+
+    Raises:
+        CorruptFileError: ``model_file`` is no model.
+    """
+    if "model_file" not in demo.attrs:
+        return {}
+    try:
+        bodies = ET.fromstring(demo.attrs["model_file"]).findall("worldbody/body")
+        return {
+            body.get("name", "").removesuffix(_FIXTURE): [
+                *map(float, body.get("pos", "0 0 0").split()),
+                *map(float, body.get("quat", "1 0 0 0").split()),
+            ]
+            for body in bodies
+            if body.get("name", "").endswith(_FIXTURE)
+            and body.find("joint") is None
+            and body.find("freejoint") is None
+        }
+    except (ET.ParseError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path}: attribute model_file of {demo.name} is not a MuJoCo model ({error})."
+        ) from error
