@@ -120,10 +120,15 @@ class Scene:
         return self.data.xpos[max(body, 0)]
 
     def moving(self, speed: float = 0.01) -> bool:
-        """Whether any free body is faster than ``speed`` (m/s, and ten times that in rad/s)."""
-        for joint in np.flatnonzero(self.model.jnt_type == mujoco.mjtJoint.mjJNT_FREE):
-            velocity = self.data.qvel[self.model.jnt_dofadr[joint] :][:6]
-            if np.abs(velocity[:3]).max() > speed or np.abs(velocity[3:]).max() > 10.0 * speed:
+        """Whether a free body is faster than ``speed`` (m/s, and ten times that in rad/s).
+
+        What is out of the arm's reach does not count: robosuite drops unused objects for ever.
+        """
+        model, data = self.model, self.data
+        for joint in np.flatnonzero(model.jnt_type == mujoco.mjtJoint.mjJNT_FREE):
+            velocity = data.qvel[model.jnt_dofadr[joint] :][:6]
+            fast = np.abs(velocity[:3]).max() > speed or np.abs(velocity[3:]).max() > 10.0 * speed
+            if fast and np.linalg.norm(data.xpos[model.jnt_bodyid[joint]] - self.base) < 2.0:
                 return True
         return False
 
@@ -275,10 +280,13 @@ class PlannedExpert:
     def _body(self, name: str) -> int:
         return self._env.get_wrapper_attr("body_id")(name)
 
-    def _settle(self, steps: int) -> Motion:
-        """Waits with an open hand until everything has come to rest, at most ``steps`` steps."""
-        for _ in range(steps):
-            if not self._scene.moving():
+    def _settle(self, steps: int, at_least: int = 0) -> Motion:
+        """Waits with an open hand until everything has come to rest, at most ``steps`` steps.
+
+        What has only just been let go does not move yet either: hence ``at_least``.
+        """
+        for step in range(steps):
+            if step >= at_least and not self._scene.moving():
                 return
             yield self._hand.action(self._start, self._down, OPEN)
 

@@ -18,16 +18,16 @@ from mail_envs.pick_place import (
     plan_grasps,
 )
 
-# Objects spawn centimetres above the table.
-_SETTLE_STEPS = 25
+# Objects appear centimetres above the table and need some steps to fall.
+_SETTLE_STEPS, _FALL_STEPS = 25, 4
 
 
 class BoxExpert(PlannedExpert):
     """Takes one box-like object across its middle, with the fingers parallel to its sides."""
 
     def _play(self) -> Motion:
+        yield from self._settle(_SETTLE_STEPS, _FALL_STEPS)
         while True:
-            yield from self._settle(_SETTLE_STEPS)
             if not self._done():
                 yield from self._attempt()
             yield self._hand.action(self._hand.position, self._down, OPEN)
@@ -129,6 +129,9 @@ class NutExpert(BoxExpert):
         high = self._scene.extent(peg).high[2] + 0.06
         lift = np.array([*hand.position[:2], high])
         yield from hand.go(lift, turned, CLOSE, within=0.015, steps=80)
+        if data.xpos[nut][2] < handle[2] + 0.05:
+            yield from hand.stay(turned, OPEN, 6)
+            return
         for _ in range(3):  # the nut shifts in the hand, and turns about the handle, not the hole
             turned = about_z(self._to_quarter_turn(nut)) @ turned
             offset = hand.position - data.xpos[nut]
