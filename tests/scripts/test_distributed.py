@@ -1,0 +1,165 @@
+"""The train scripts in two processes, as torchrun starts them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mail_agents.report.results import load_results
+from mail_agents.training.runs import read_metrics
+
+TINY = (
+    *("--config.decoder.layers", 1, "--config.decoder.d-state", 2, "--config.width", 8),
+    *("--config.feature-width", 8, "--config.history", 2, "--config.horizon", 2),
+    *("--config.optim.batch-size", 8, "--device", "cpu"),
+)
+MAIL = (*TINY, "--demos", 2, "--epochs", 3, "--eval-epochs", 1, "--eval-episodes", 2)
+
+
+@pytest.fixture
+def team(scripts, tmp_path):
+    """Starts a script in two processes that know of each other."""
+
+    def start(name, *arguments):
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        return [
+            scripts.start(
+                tmp_path,
+                name,
+                *arguments,
+                environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]
+
+    return start
+
+
+def finish(jobs):
+    return [job.wait() for job in jobs], [job.output for job in jobs]
+
+
+def curve(run):
+    return [row["loss"] for row in read_metrics(run)]
+
+
+def test_a_run_in_two_processes_is_that_of_one_and_resumes_exactly(
+    team, scripts, tmp_path, point_dataset
+):
+    arguments = ("--agent", "mail/d-ma-bc", *MAIL, "--dataset", point_dataset)
+    codes, (lead, other) = finish(team("train_mail", *arguments, "--output", "two"))
+    assert codes == [0, 0], lead + other
+    assert "on 2 x cpu" in lead
+    assert "suite score" in lead
+    assert other == ""
+    (result,) = load_results(tmp_path / "two" / "result.json")
+    assert set(result.evaluations) == {"last", "best"}
+    code, output = scripts.run(tmp_path, "train_mail", *arguments, "--output", "one")
+    assert code == 0, output
+    # The last batch of an epoch is topped up to an even number; with 7 windows that is one more.
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=0.2)
+
+    run = tmp_path / "two"
+    artifact, losses = (run / "agent.safetensors").read_bytes(), curve(run)
+    (run / "agent.safetensors").unlink()
+    steps = [row["step"] for row in read_metrics(run)]
+    (run / "checkpoints" / "last").write_text(f"step-{steps[1]:08d}\n")
+    codes, outputs = finish(team("train_mail", "--resume", "two"))
+    assert codes == [0, 0], outputs
+    assert (run / "agent.safetensors").read_bytes() == artifact
+    assert curve(run) == losses
+
+
+def test_noise_and_dropout_resume_exactly_too(team, tmp_path, point_dataset):
+    arguments = ("--agent", "mail/d-tr-ddpm", *TINY, "--dataset", point_dataset, "--steps", 4)
+    arguments = (*arguments, "--save-every", 2, "--log-every", 1, "--eval-episodes", 0)
+    codes, outputs = finish(team("train", *arguments, "--output", "run"))
+    assert codes == [0, 0], outputs
+    run = tmp_path / "run"
+    artifact = (run / "agent.safetensors").read_bytes()
+    (run / "checkpoints" / "last").write_text("step-00000002\n")
+    codes, outputs = finish(team("train", "--resume", "run"))
+    assert codes == [0, 0], outputs
+    assert (run / "agent.safetensors").read_bytes() == artifact
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("train_mail", ("--dataset", "nowhere"), "nowhere"),
+        ("train_mail", ("--agent", "mail/ed-ma-cb"), "Did you mean"),
+        ("train", ("--dataset", "{point}", *TINY, "--output", "{taken}"), "already holds a run"),
+        ("train", ("--dataset", "{point}", *TINY, "--config.optim.batch-size", 7), "evenly over 2"),
+        ("train_dt", (), "train_dt.py works in one process, and torchrun started 2"),
+    ],
+)
+def test_all_processes_end_with_one_message(team, tmp_path, point_dataset, name, arguments, words):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "arguments.json").write_text("{}")
+    given = [str(each).format(point=point_dataset, taken=taken) for each in arguments]
+    began = time.monotonic()
+    codes, outputs = finish(team(name, *given))
+    assert time.monotonic() - began < 60
+    assert all(code == 1 for code in codes), outputs
+    assert "".join(outputs).count("error: ") == 1
+    assert words in "".join(outputs)
+    assert "Traceback" not in "".join(outputs)
+
+
+def test_a_mistake_in_a_flag_is_shown_once(team):
+    codes, outputs = finish(team("train", "--bogus"))
+    assert codes == [2, 2]
+    assert "Unrecognized options: --bogus" in outputs[0]
+    assert outputs[1] == ""
+
+
+def test_when_a_process_is_killed_the_other_ends_and_says_so(team, tmp_path, point_dataset):
+    arguments = (*TINY, "--agent", "mail/d-ma-bc", "--dataset", point_dataset)
+    arguments = (*arguments, "--steps", 10**6, "--eval-episodes", 0, "--output", "run")
+    lead, other = team("train", *arguments)
+    deadline = time.monotonic() + 60
+    while not read_metrics(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    other.kill()
+    assert other.wait() == -9
+    assert lead.wait() == 1, lead.output
+    assert "cannot be reached" in lead.output
+    assert "--resume" in lead.output
+    assert "Traceback" not in lead.output
+
+
+def test_torchrun_starts_it(tmp_path, point_dataset, repository):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(repository / "scripts" / "train.py")]
+    arguments = (*TINY, "--agent", "mail/d-ma-bc", "--steps", 2, "--eval-episodes", 1)
+    arguments = (*arguments, "--dataset", point_dataset, "--output", "run")
+    paths = [repository, *(repository / f for f in ("envs", "wrappers", "baselines"))]
+    paths.append(repository / "tests" / "third_party")
+    with subprocess.Popen(
+        [*command, *map(str, arguments)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # torchrun and what it has started
+            raise
+    assert process.returncode == 0, output
+    assert output.count("on 2 x cpu") == 1
+    run = tmp_path / "run"
+    assert (run / "result.json").exists()
+    assert "torchrun --nproc-per-node 2" in (run / "arguments.json").read_text()
