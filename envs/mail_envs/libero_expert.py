@@ -6,16 +6,8 @@ import gymnasium
 import numpy as np
 
 from mail_agents.errors import InvalidInputError
-from mail_envs.pick_place import (
-    CLOSE,
-    OPEN,
-    Extent,
-    Motion,
-    PlannedExpert,
-    about_z,
-    mujoco,
-    plan_grasps,
-)
+from mail_envs.grasps import Extent, about_z, mujoco, plan_grasps
+from mail_envs.pick_place import CLOSE, OPEN, Motion, PlannedExpert
 
 #: Goal predicates that a pick-and-place reaches.
 _PLACEMENTS = ("in", "on")
@@ -64,9 +56,10 @@ class LiberoExpert(PlannedExpert):
         for goal in self._goals:
             if goal[0].lower() not in _PLACEMENTS or not self._movable(goal[1]):
                 raise InvalidInputError(
-                    f"The scripted expert only picks and places, and this task wants "
-                    f"{' '.join(goal)}. Choose a task of libero_object or libero_spatial, or "
-                    "convert human demonstrations: mail-agents data convert libero:DIR OUT."
+                    f"The scripted expert only picks and places, and "
+                    f"{env.get_wrapper_attr('world')} wants '{' '.join(goal)}'. Choose a task of "
+                    "libero_object or libero_spatial, or convert human demonstrations: "
+                    "mail-agents data convert libero:DIR OUT."
                 )
 
     def _movable(self, name: str) -> bool:

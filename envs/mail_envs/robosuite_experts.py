@@ -7,16 +7,8 @@ import gymnasium
 import numpy as np
 
 from mail_agents.errors import unknown_name
-from mail_envs.pick_place import (
-    CLOSE,
-    OPEN,
-    Grasp,
-    Motion,
-    PlannedExpert,
-    about_z,
-    aligned_yaws,
-    plan_grasps,
-)
+from mail_envs.grasps import Grasp, about_z, aligned_yaws, plan_grasps
+from mail_envs.pick_place import CLOSE, OPEN, Motion, PlannedExpert
 
 # Objects appear centimetres above the table and need some steps to fall.
 _SETTLE_STEPS, _FALL_STEPS = 25, 4
