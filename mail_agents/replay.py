@@ -134,7 +134,7 @@ def replay_dataset(dataset: ArrayDataset, episodes: int) -> Iterator[Replayed]:
         raise InvalidInputError(f"{episodes} episodes cannot be replayed; give at least 1.")
     for number, task in enumerate(dataset.info.tasks):
         chosen = np.flatnonzero(dataset.task_ids == number)[:episodes].tolist()
-        env = _make(dataset, task, int(dataset.lengths[chosen].max()))
+        env = _make(dataset, task, chosen)
         try:
             for index in chosen:
                 yield _replay(env, dataset.episode(index), index)
@@ -147,14 +147,18 @@ def replay_dataset(dataset: ArrayDataset, episodes: int) -> Iterator[Replayed]:
         )
 
 
-def _make(dataset: ArrayDataset, task: str, steps: int) -> gymnasium.Env:
+def _make(dataset: ArrayDataset, task: str, chosen: list[int]) -> gymnasium.Env:
     spec = dataset.info.env_specs.get(task)
     if not spec or "id" not in spec:
         raise InvalidInputError(
             f"The store does not name an environment for task {task!r}, so its episodes cannot be "
             "replayed. Verify it without --replay."
         )
-    kwargs = {**(spec.get("kwargs") or {}), **recording_kwargs(dataset.info.source, task)}
+    kwargs = dict(spec.get("kwargs") or {})
+    if any(dataset.table.seeds[index] is not None for index in chosen):
+        # What a seed means depends on them; a simulator state is a start by itself.
+        kwargs.update(recording_kwargs(dataset.info.source, task))
+    steps = int(dataset.lengths[chosen].max())
     try:
         env = gymnasium.make(str(spec["id"]), max_episode_steps=steps + 1, **kwargs)
     except Exception as error:  # simulators raise anything

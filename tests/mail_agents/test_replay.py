@@ -171,6 +171,14 @@ def test_from_a_state_only_the_outcome_is_judged_and_images_by_their_mean():
         assert replayed.observed_alike == ok
 
 
+def test_a_start_from_a_state_takes_the_arguments_of_evaluation():
+    data = MemoryDataset(
+        [drawn()], "grey", {"grey": {"id": "replay/Drawn-v0"}}, {"env_kwargs": {"error": 50.0}}
+    )
+    (replayed,) = replay_dataset(data, 1)
+    assert replayed.observed_alike
+
+
 def test_what_cannot_be_replayed_is_explained(demos):
     for bad, message in (
         (dataset(changed(demos[0], seed=None)), "neither a seed nor simulator states"),

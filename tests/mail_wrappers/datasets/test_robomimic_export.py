@@ -1,7 +1,10 @@
 """Files of LIBERO and robomimic: written as upstream writes them, and nothing lost on the way."""
 
+import importlib
+import inspect
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import gymnasium
@@ -306,3 +309,17 @@ def test_a_store_without_tasks_is_named_by_its_dataset(tmp_path, point_dataset):
     dataset = write_dataset(tmp_path / "one", [Episode(**{**vars(episode), "task": None})])
     folder = write_robomimic(dataset, tmp_path / "out")
     assert [path.name for path in folder.iterdir()] == ["one_demo.hdf5"]
+
+
+def test_the_command_line_finds_readers_and_writers(repository):
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+    points = project["project"]["entry-points"]["mail_agents.converters"]
+    found = {}
+    for name, target in points.items():
+        module, _, function = target.partition(":")
+        found[name] = getattr(importlib.import_module(module), function)
+    assert found["to-libero"] is write_libero
+    assert found["to-robomimic"] is write_robomimic
+    for name in ("libero", "robomimic"):
+        options = {"demos": 10, "demo_selection": "mail_legacy", "align": "causal"}
+        inspect.signature(found[name]).bind("source", "output", overwrite=True, **options)
