@@ -55,6 +55,8 @@ install:
 	@echo "setup: installing the versions of constraints.txt (a few minutes the first time)"
 	@# One command that names torch: a later one would replace its build.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch -e ".[all,dev]"
+	@# What it needs came with the extra "libero"; what it declares needs a C++ compiler.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt --no-deps hf-libero
 	@touch $(READY)
 	@echo "setup: done. 'source $(BIN)/activate' to use it, '$(BIN)/mail-agents doctor' to see what works."
 

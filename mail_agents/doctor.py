@@ -78,9 +78,16 @@ PACKAGES = (
         "libero",
         "hf-libero",
         "LIBERO worlds",
-        "apt-get install cmake g++ make && " + _EXTRA.format("libero"),
+        _EXTRA.format("libero") + " && pip install --no-deps hf-libero==0.1.4",
         run_import=False,
     ),
+)
+
+# LIBERO's package has no meshes; its simulation is imported with those that are found.
+_LIBERO = "from mail_envs.libero_setup import import_libero; import_libero()"
+_MESHES_FIX = (
+    "git clone --depth 1 https://github.com/Lifelong-Robot-Learning/LIBERO && "
+    "export MAIL_AGENTS_LIBERO_ASSETS=$PWD/LIBERO/libero/libero/assets"
 )
 
 # One image of a sphere: fails where there is no OpenGL, which importing mujoco does not show.
@@ -108,6 +115,7 @@ def run_doctor() -> dict[str, Any]:
     with ThreadPoolExecutor(max_workers=2) as pool:
         rendering = pool.submit(_rendering)
         packages = list(pool.map(_examine, PACKAGES))
+        packages += [_meshes() for row in packages if row["name"] == "hf-libero" and row["ok"]]
         rendered = rendering.result()
     torch_works = all(row["ok"] for row in packages if row["name"] == "torch")
     return {
@@ -141,6 +149,20 @@ def _examine(package: Package) -> dict[str, Any]:
         "gives": package.gives,
         "fix": package.fix if problem else "",
         "core": package.core,
+    }
+
+
+def _meshes() -> dict[str, Any]:
+    """Whether LIBERO's simulation finds all it needs, above all its meshes."""
+    problem = _run(_LIBERO)
+    return {
+        "name": "LIBERO's meshes",
+        "version": None,
+        "ok": not problem,
+        "problem": problem,
+        "gives": "LIBERO worlds",
+        "fix": _MESHES_FIX if problem else "",
+        "core": False,
     }
 
 

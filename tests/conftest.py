@@ -61,6 +61,33 @@ def repository() -> Path:
     return REPOSITORY
 
 
+_LIBERO_ASSETS = os.environ.get("MAIL_AGENTS_LIBERO_ASSETS")
+
+
+@pytest.fixture(scope="session")
+def libero_asset_folder() -> Path:
+    """LIBERO's meshes: of the environment variable, else of a folder next to the checkout or in it."""
+    pytest.importorskip("libero", reason="LIBERO is not installed (docs/install.md)")
+    named = [Path(_LIBERO_ASSETS)] if _LIBERO_ASSETS else []
+    for folder in [
+        *named,
+        *(root / "shared" / "libero_assets" for root in (REPOSITORY.parent, REPOSITORY)),
+    ]:
+        if (folder / "stable_scanned_objects").is_dir():
+            return folder.resolve()
+    pytest.skip(
+        "LIBERO's meshes were not found: set MAIL_AGENTS_LIBERO_ASSETS to their folder, or put "
+        "them in shared/libero_assets next to the checkout"
+    )
+
+
+@pytest.fixture
+def libero_assets(libero_asset_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes LIBERO's worlds work in this test, or skips it with the reason."""
+    monkeypatch.setenv("MAIL_AGENTS_LIBERO_ASSETS", str(libero_asset_folder))
+    return libero_asset_folder
+
+
 @pytest.fixture(scope="session")
 def point_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with eight demonstrations of the toy world (``tests/third_party/toybox``)."""

@@ -131,7 +131,7 @@ def asset_folder() -> Path:
     first, second = DOWNLOADS
     raise MissingDependencyError(
         "LIBERO's meshes, textures and scenes are not part of its package and were not found. Get "
-        f"them with\n  {first}\nor\n  {second}\n{ASSETS_VARIABLE} names the folder that holds "
+        f"them with '{first}', or with '{second}'. {ASSETS_VARIABLE} names the folder that holds "
         f"{', '.join(_PARTS)}."
     )
 
