@@ -21,6 +21,12 @@ from mail_agents.training.ema import EMA
 
 TaskEmbedder = Callable[[Sequence[str]], np.ndarray]
 
+# CPU matrix products of one to three rows round differently from those of four or more, whatever
+# stands in the other rows. Convolutions are chosen by the exact number of rows.
+_CPU_ROWS = 4
+# GPU kernels of all kinds are, and rows cost next to nothing there.
+_GPU_ROWS = 20
+
 
 class Acting(ABC):
     """What an :class:`~mail_agents.agent.Agent` does between training runs: it acts in slots.
@@ -34,6 +40,7 @@ class Acting(ABC):
     config: AgentConfig
     features: FeatureSpec
     agent_id: str
+    device: torch.device
     seed: int
     tasks: tuple[str, ...]
     policy: Policy
@@ -44,6 +51,8 @@ class Acting(ABC):
     def __init__(self) -> None:
         #: Network calls while acting are topped up to a multiple of this many rows.
         self.plan_rows = 1
+        #: Whether they have exactly as many.
+        self.plan_fixed = False
         self._slots: Slots | None = None
         self._resets = 0
         self._pending: dict[str, Any] = {}
@@ -246,8 +255,11 @@ class Acting(ABC):
         chunks = np.empty((len(due), *state.queue.shape[1:]), np.float32)
         with self.acting():
             for count in np.unique(length):
-                rows = np.flatnonzero(length == count)
-                chunks[rows] = self._sample(state, due[rows], int(count), deterministic)
+                alike = np.flatnonzero(length == count)
+                size = self.plan_rows if self.plan_fixed else len(alike)
+                for first in range(0, len(alike), size):
+                    rows = alike[first : first + size]
+                    chunks[rows] = self._sample(state, due[rows], int(count), deterministic)
         if not np.isfinite(chunks).all():
             raise InvalidInputError(
                 f"Agent {self.agent_id!r} planned a NaN or infinite action; its weights are broken."
@@ -284,6 +296,23 @@ class Acting(ABC):
         if self.task_embedder() is not None:
             batch["task"] = np.array([self.tasks.index(str(state.tasks[slot])) for slot in slots])
         return batch
+
+    @contextmanager
+    def planning_alike(self) -> Iterator[None]:
+        """Inside, a slot's plan is the same, bit for bit, whatever slots are planned for beside it.
+
+        On a CPU that is tested; not so for layers of eight outputs or fewer, whose rounding may
+        depend on the place of a row. On a GPU all network calls have one shape, which is what can
+        be done for kernels that are chosen by it.
+        """
+        before = self.plan_rows, self.plan_fixed
+        on_cpu = self.device.type == "cpu"
+        sees = any(feature.kind == "image" for feature in self.features.observations.values())
+        self.plan_rows, self.plan_fixed = (_CPU_ROWS, sees) if on_cpu else (_GPU_ROWS, True)
+        try:
+            yield
+        finally:
+            self.plan_rows, self.plan_fixed = before
 
     @contextmanager
     def acting(self) -> Iterator[None]:

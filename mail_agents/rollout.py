@@ -27,10 +27,6 @@ from mail_agents.storage import write_atomic
 if TYPE_CHECKING:
     from mail_agents.agent import Agent
 
-# CPU matrix products of one to three rows round differently from those of four or more. Network
-# calls of a multiple of four rows make an episode the same, bit for bit, whatever runs beside it.
-_PLAN_ROWS = 4
-
 # Frames of a recording wait in memory, and more than this many a second show nothing new.
 _VIDEO_FPS = 40.0
 
@@ -329,30 +325,26 @@ def evaluate(
     if target_return is not None:
         check_target_returns(agent, [target_return])
     target_return = agent.resolve_target(target_return, task)
-    plan_rows, agent.plan_rows = agent.plan_rows, _PLAN_ROWS
     opened = open_environments(
         env, env_kwargs or {}, max_steps, n_envs=n_envs, workers=workers, most=len(indices)
     )
-    try:
-        with opened as environments:
-            facts = environments.facts
-            spaces = FeatureSpec.from_spaces(facts.observation_space, facts.action_space)
-            agent.features.check(spaces)
-            _check_camera(facts, record)
-            agent.reset()
-            evaluator = _Evaluator(
-                agent,
-                environments,
-                seed=seed,
-                task=task,
-                deterministic=deterministic,
-                record=frozenset(record),
-                target_return=target_return,
-                on_episode=on_episode,
-            )
-            results = evaluator.run(indices)
-    finally:
-        agent.plan_rows = plan_rows
+    with agent.planning_alike(), opened as environments:
+        facts = environments.facts
+        spaces = FeatureSpec.from_spaces(facts.observation_space, facts.action_space)
+        agent.features.check(spaces)
+        _check_camera(facts, record)
+        agent.reset()
+        evaluator = _Evaluator(
+            agent,
+            environments,
+            seed=seed,
+            task=task,
+            deterministic=deterministic,
+            record=frozenset(record),
+            target_return=target_return,
+            on_episode=on_episode,
+        )
+        results = evaluator.run(indices)
     protocol = {
         "agent": agent.agent_id,
         "env": facts.env_id or getattr(env, "__name__", str(env)),

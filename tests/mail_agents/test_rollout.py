@@ -411,7 +411,21 @@ def test_a_real_agent_plays_the_same_episodes_beside_any_number_of_others(agent_
     ]
     assert len({length for _, length in results[0]}) > 1, "episodes end together: nothing is tested"
     assert results[0] == results[1] == results[2] == results[3]
-    assert agent.plan_rows == 1
+    assert (agent.plan_rows, agent.plan_fixed) == (1, False)
+
+
+def test_an_agent_that_sees_plays_the_same_episodes_beside_any_number_of_others():
+    """Convolutions of four images and of eight are computed in different ways."""
+    world = SeenDrift()
+    features = FeatureSpec.from_spaces(world.observation_space, world.action_space)
+    small = {"decoder": {"layers": 1}, "width": 16, "feature_width": 16, "history": 2, "horizon": 4}
+    agent = mail_agents.make("mail/d-ma-bc", features, device="cpu", **small)
+    agent.fit_statistics(example_dataset(features, 20))
+    results = [
+        [(e.episode_return, e.length) for e in evaluate(agent, SeenDrift, 6, n_envs=n).episodes]
+        for n in (1, 6)
+    ]
+    assert results[0] == results[1]
 
 
 class Drift(gymnasium.Env):
@@ -430,3 +444,24 @@ class Drift(gymnasium.Env):
         self.state = np.sin(3.0 * self.state + np.append(action, action.sum()).astype(np.float64))
         self.left -= 1
         return self.state.copy(), float(self.state.sum()), self.left == 0, False, {}
+
+
+class SeenDrift(Drift):
+    """The same with a camera, whose image changes at every step."""
+
+    observation_space = spaces.Dict(
+        {"state": Drift.observation_space, "camera": spaces.Box(0, 255, (48, 48, 3), np.uint8)}
+    )
+
+    def reset(self, **options):
+        observation, info = super().reset(**options)
+        return self._seen(observation), info
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        return self._seen(observation), *rest
+
+    def _seen(self, observation):
+        waves = np.sin(np.arange(48)[:, None, None] * (1 + observation))
+        image = np.broadcast_to(waves * np.cos(np.arange(48))[None, :, None], (48, 48, 3))
+        return {"state": observation, "camera": (127 * (1 + image)).astype(np.uint8)}
