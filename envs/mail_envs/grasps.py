@@ -58,7 +58,7 @@ class Scene:
         plane = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
         self._solid = solid & ~plane
         roots = [model.body(int(root)).name for root in model.body_rootid[model.geom_bodyid]]
-        robot = np.array([name.startswith(_ROBOT) for name in roots])
+        robot = np.array([name.startswith(_ROBOT) for name in roots], bool)
         self._obstacles = self._solid & ~robot & (model.geom_bodyid != 0)
 
     def shapes(self, body: int) -> np.ndarray:

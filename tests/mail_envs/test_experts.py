@@ -15,7 +15,10 @@ from mail_envs.experts import (
     ExpertFailedError,
     MetaWorldExpert,
     collect_episodes,
+    collection_kwargs,
     make_expert,
+    parse_env_kwargs,
+    resolve_tasks,
     run_attempt,
     worker_pool,
 )
@@ -165,6 +168,58 @@ def test_a_failing_expert_gives_up_and_reports_its_rate(
         match=r"solved 0 of 15 attempts\s*\(0%\).*3 successes.*--noise-std.*In Python",
     ):
         list(collect_episodes(lottery, 3))
+
+
+def test_an_expert_may_keep_noise_off_a_dimension(
+    lottery: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = next(collect_episodes(lottery, 1, noise_std=0.1))
+    monkeypatch.setattr(Player, "noise_scale", np.array([1.0, 0.0]), raising=False)
+    scaled = next(collect_episodes(lottery, 1, noise_std=0.1))
+    np.testing.assert_array_equal(scaled.actions[:, 0], plain.actions[:, 0])
+    assert (scaled.actions[:, 1] == 0.5).all()
+    assert (plain.actions[:, 1] != 0.5).all()
+
+
+def test_tasks_of_every_world_are_found() -> None:
+    assert resolve_tasks(["reach-v3", "door-*"]) == {
+        task: f"mail_envs:metaworld/{task}"
+        for task in ("reach-v3", "door-close-v3", "door-lock-v3", "door-open-v3", "door-unlock-v3")
+    }
+    assert resolve_tasks(["robosuite/Lift"]) == {"Lift": "mail_envs:robosuite/Lift"}
+    spatial = resolve_tasks(["libero_spatial/*"])
+    assert len(spatial) == 10
+    assert all(env_id == f"mail_envs:libero_spatial/{task}" for task, env_id in spatial.items())
+    assert len(resolve_tasks(["*"])) == 50  # a bare star is Meta-World
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("reach-v2", "Did you mean 'reach-v3'.*libero_object/"),
+        ("libero_objects/*", "Did you mean 'libero_object'"),
+        ("robosuite/Lifd", "Did you mean 'robosuite/Lift'"),
+    ],
+)
+def test_unknown_tasks(pattern: str, message: str) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        resolve_tasks([pattern])
+
+
+def test_one_name_for_two_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "list_worlds", lambda pattern: [f"mail_envs:{pattern}"])
+    with pytest.raises(InvalidInputError, match="same task name"):
+        resolve_tasks(["libero_10/x", "libero_90/x"])
+
+
+def test_demonstrations_of_libero_leave_the_stored_states_alone() -> None:
+    assert collection_kwargs("mail_envs:libero_goal/turn_on_the_stove") == {"initial": "sampled"}
+    assert collection_kwargs(REACH) == {}
+
+
+def test_keyword_arguments_from_a_command_line() -> None:
+    given = {"goal_state": "true", "image_size": "64", "orientation": "raw"}
+    assert parse_env_kwargs(given) == {"goal_state": True, "image_size": 64, "orientation": "raw"}
 
 
 def test_worlds_without_an_expert() -> None:

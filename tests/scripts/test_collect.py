@@ -145,6 +145,7 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(
         (["--tasks", "reach-v3", "--cameras", "corner_2"], "Did you mean 'corner2'"),
         (["--tasks", "reach-v3", "--episodes", "0"], "at least 1"),
         (["--tasks", "reach-v3", "--workers", "0"], "at least 1"),
+        (["--tasks", "libero_objects/*"], "Did you mean 'libero_object'"),
     ],
 )
 def test_mistakes_are_explained(
@@ -164,3 +165,39 @@ def test_mistakes_are_explained(
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_worlds_that_look_different_do_not_mix(
+    command: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("robosuite", reason="robosuite is not installed (extra 'robosuite')")
+    result = subprocess.run(
+        [*command, "--tasks", "reach-v3", "robosuite/Lift", "--output", str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 1
+    assert "different datasets" in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_collects_libero(
+    command: list[str], environment: dict[str, str], libero_assets: Path, tmp_path: Path
+) -> None:
+    environment["MAIL_AGENTS_LIBERO_ASSETS"] = str(libero_assets)
+    task = "pick_up_the_ketchup_and_place_it_in_the_basket"
+    settings = ["--tasks", f"libero_object/{task}", "--episodes", "1", "--noise-std", "0.1"]
+    more = ["--env-kwargs", "goal_state", "true", "--output", str(tmp_path / "demo")]
+    assert task[:20] in collect(command, environment, *settings, *more)
+    dataset = open_dataset(tmp_path / "demo")
+    assert dataset.info.tasks == (task,)
+    assert dataset.info.source["env_kwargs"]["initial"] == "sampled"
+    spec = dataset.info.env_specs[task]
+    assert spec["id"] == f"mail_envs:libero_object/{task}"
+    assert "initial" not in spec["kwargs"]
+    assert "success_hold" not in spec["kwargs"]
+    assert spec["kwargs"]["goal_state"] is True
+    episode = dataset.episode(0)
+    assert episode.success
+    assert episode.observations["goal_state"].shape == (len(episode) + 1, 28)
