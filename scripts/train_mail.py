@@ -35,7 +35,6 @@ from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import TrajectoryDataset, select_demos
 from mail_agents.errors import InvalidInputError
 from mail_agents.registry import spec
-from mail_agents.report.tables import to_rich
 from mail_agents.suite import evaluation_directory
 from mail_agents.training.distributed import Team, run_team_script
 from mail_agents.training.mail_suites import SUITES, Suite, suite_settings
@@ -50,7 +49,7 @@ from mail_agents.training.session import (
     training_notes,
 )
 from mail_agents.training.step import gradients
-from mail_agents.training.task_report import task_rows
+from mail_agents.training.task_report import task_table
 from mail_wrappers.datasets.libero_names import tasks_of
 
 console = Console(soft_wrap=True)
@@ -184,7 +183,9 @@ def main(args: Args, team: Team) -> None:
     tasks = list(dataset.info.env_specs)
     result = finish_run(agent, args, tasks, total, seconds, console.print)
     if "last" in result.evaluations:
-        console.print(to_rich(task_rows(result), f"{args.agent} after {args.epochs} epochs"))
+        # In a file, lines may be as long as the names of LIBERO's tasks make them.
+        table = task_table(result, f"{args.agent} after {args.epochs} epochs")
+        (Console(width=200) if quiet else console).print(table)
     rates = [each.success_rate for each in final.values() if each.success_rate is not None]
     if rates:
         console.print(f"suite score {np.mean(rates):.3f}: mean of {len(rates)} task success rates")

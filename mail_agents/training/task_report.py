@@ -1,6 +1,8 @@
 """What one run achieved, task by task."""
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from mail_agents.report import estimates, summary
 from mail_agents.report.results import RunResult
@@ -37,4 +39,19 @@ def task_rows(run: RunResult, which: str = "last") -> Rows:
         known = all(task.has_success for task in tasks)
         steps = np.mean([e["length"] for task in tasks for e in task.episodes])
         rows.append(("all tasks", score, solved if known else "unknown", f"{steps:.0f}"))
-    return Rows(("task", "score [95 % interval]", "solved", "mean steps"), tuple(rows))
+    return Rows(("task", "score, 95 % interval", "solved", "mean steps"), tuple(rows))
+
+
+def task_table(run: RunResult, title: str) -> Table:
+    """:func:`task_rows` of the last evaluation for a terminal.
+
+    Tasks come last: names of LIBERO's fill a line, and only they may be broken.
+    """
+    rows = task_rows(run)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in rows.header[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(rows.header[0], overflow="fold")
+    for task, *cells in rows.rows:
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells), task)
+    return table

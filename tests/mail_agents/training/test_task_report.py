@@ -1,8 +1,12 @@
 """The table at the end of a run."""
 
+import io
+
+from rich.console import Console
+
 from mail_agents.data.references import Reference
 from mail_agents.report.results import RunResult, TaskResult
-from mail_agents.training.task_report import task_rows
+from mail_agents.training.task_report import task_rows, task_table
 
 
 def task(name, outcomes, returns=None):
@@ -26,6 +30,17 @@ def test_every_task_has_its_rate_and_interval_and_the_last_row_is_their_mean():
         ("stack", "50 % [9, 91]", "1 of 2", "15"),
         ("all tasks", "75 % [30, 95]", "3 of 4", "15"),
     )
+
+
+def test_on_a_narrow_terminal_only_names_are_broken():
+    name = "_".join(["pick_up_the_milk_and_place_it"] * 3)
+    console = Console(width=70, file=io.StringIO())
+    console.print(task_table(run(task(name, [True, False])), "the title"))
+    text = console.file.getvalue()
+    assert "50 % [9, 91]" in text
+    assert "score, 95 % interval" in text
+    assert name not in text
+    assert name[:20] in text
 
 
 def test_one_task_needs_no_mean():
