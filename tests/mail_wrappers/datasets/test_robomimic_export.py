@@ -309,6 +309,8 @@ def test_a_store_without_tasks_is_named_by_its_dataset(tmp_path, point_dataset):
     dataset = write_dataset(tmp_path / "one", [Episode(**{**vars(episode), "task": None})])
     folder = write_robomimic(dataset, tmp_path / "out")
     assert [path.name for path in folder.iterdir()] == ["one_demo.hdf5"]
+    back = convert_demos(folder, tmp_path / "back")
+    assert (back.info.tasks, back.episode(0).task) == ((), None)
 
 
 def test_the_command_line_finds_readers_and_writers(repository):

@@ -17,11 +17,9 @@ DRAWER = "open_the_middle_drawer_of_the_cabinet"
 
 
 @pytest.fixture
-def libero(libero_assets, monkeypatch):
-    pytest.importorskip("bddl")
+def libero(libero_assets):
     if importlib.util.find_spec("libero") is None:
         pytest.skip("LIBERO is not installed")
-    monkeypatch.setenv("MAIL_AGENTS_LIBERO_ASSETS", str(libero_assets))
 
 
 @pytest.fixture

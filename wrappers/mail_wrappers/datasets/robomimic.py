@@ -121,7 +121,7 @@ def convert_demos(
         _episodes(files, align),
         name=Path(source).stem,
         source={**_identity(source, files), **chosen},
-        env_specs={facts.task: facts.env_spec for facts in files if facts.env_spec is not None},
+        env_specs={facts.task: facts.env_spec for facts in files if facts.task and facts.env_spec},
         features=files[0].features,
         overwrite=overwrite,
     )
@@ -139,11 +139,11 @@ def _identity(source: str | Path, files: Sequence[FileFacts]) -> dict[str, Any]:
             }
             for facts in files
         ],
-        "attributes": {facts.task: facts.attributes for facts in files},
+        "attributes": {facts.task: facts.attributes for facts in files if facts.task},
         "recorded_with": {
             facts.task: facts.extras["env_kwargs"]
             for facts in files
-            if facts.extras.get("env_kwargs")
+            if facts.task and facts.extras.get("env_kwargs")
         },
     }
 

@@ -41,7 +41,7 @@ class FileFacts:
 
     Attributes:
         path: The file.
-        task: Name of its task.
+        task: Name of its task; None in files written from a dataset without tasks.
         demos: The chosen groups of ``data``, in order.
         libero: Whether it is one of LIBERO's.
         alignment: Whether ``obs[t]`` was taken after or before ``actions[t]``; None when unknown.
@@ -52,7 +52,7 @@ class FileFacts:
     """
 
     path: Path
-    task: str
+    task: str | None
     demos: tuple[str, ...]
     libero: bool
     alignment: Alignment | None
@@ -121,7 +121,7 @@ def _facts(path: Path, demos: int | None, selection: Selection) -> FileFacts:
         spec = _spec(str(env_args["env_name"]), dict(env_args.get("env_kwargs") or {}), None)
     return FileFacts(
         path=path,
-        task=str(extras.get("task", task)),
+        task=extras.get("task", task),
         demos=keys,
         libero=libero,
         alignment=alignment,
