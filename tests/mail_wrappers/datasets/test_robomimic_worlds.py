@@ -1,7 +1,5 @@
 """Files, stores and the real environments of LIBERO and robosuite agree with each other."""
 
-import importlib.util
-
 import gymnasium
 import h5py
 import numpy as np
@@ -14,12 +12,6 @@ from mail_wrappers import RecordEpisodes
 from mail_wrappers.datasets.robomimic import convert_demos, write_libero, write_robomimic
 
 DRAWER = "open_the_middle_drawer_of_the_cabinet"
-
-
-@pytest.fixture
-def libero(libero_assets):
-    if importlib.util.find_spec("libero") is None:
-        pytest.skip("LIBERO is not installed")
 
 
 @pytest.fixture
@@ -40,7 +32,7 @@ def record(env_id: str, task: str, steps: int = 4, **kwargs) -> MemoryDataset:
 
 
 def test_the_world_that_a_published_file_names_sees_what_the_file_holds(
-    tmp_path, demo_files, libero
+    tmp_path, demo_files, libero_assets
 ):
     def complete(file: h5py.File) -> None:
         for demo in file["data"].values():
@@ -60,7 +52,7 @@ def test_the_world_that_a_published_file_names_sees_what_the_file_holds(
         assert found.observations[key].dtype == feature.dtype
 
 
-def test_a_recording_in_libero_is_replayed_written_and_read_back(tmp_path, libero):
+def test_a_recording_in_libero_is_replayed_written_and_read_back(tmp_path, libero_assets):
     dataset = record(f"mail_envs:libero_goal/{DRAWER}", DRAWER, cameras=[])
     (replayed,) = replay_dataset(dataset, 1)
     assert replayed.ok
