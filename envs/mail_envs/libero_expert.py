@@ -98,6 +98,7 @@ class LiberoExpert(PlannedExpert):
         if self._scene.extent(body).low[2] < before.low[2] + 0.02:
             yield from hand.stay(turned, OPEN, 6)
             return
+        turned = about_z(self._angle_to_fit(body, place)) @ turned
         yield from self._put(body, place, turned, carry)
         yield from self._release(turned)
 
@@ -110,7 +111,7 @@ class LiberoExpert(PlannedExpert):
         top = target.high[2]
         height = max(carry, top + 0.03 + offset[2]) if place.inside else carry
         over = np.array([*(target.centre[:2] + offset[:2]), height])
-        yield from hand.go(over, turned, CLOSE, within=0.012, steps=120)
+        yield from hand.go(over, turned, CLOSE, within=0.012, steps=120, turned_within=0.1)
         held = self._scene.extent(body)
         offset = hand.position - np.array([*held.centre[:2], held.low[2]])
         if place.inside:
@@ -119,6 +120,17 @@ class LiberoExpert(PlannedExpert):
             low = top - 0.005 + offset[2]
         down = np.array([*(target.centre[:2] + offset[:2]), low])
         yield from hand.go(down, turned, CLOSE, within=0.010, steps=60)
+
+    def _angle_to_fit(self, body: int, place: Place) -> float:
+        """Angle by which to turn what is held so that its long side lies along a narrow region."""
+        sides = self._target(place).size[:2]
+        if place.site is None or not place.inside or sides.max() < 1.5 * sides.min():
+            return 0.0
+        turn = self._scene.data.xmat[body].reshape(3, 3)
+        size = self._scene.extent(body, turn.T).size * np.linalg.norm(turn[:2], axis=0)
+        side = turn[:, np.argmax(size)]
+        angle = np.arctan2(side[1], side[0]) - np.argmax(sides) * np.pi / 2
+        return float(np.pi / 2 - (angle + np.pi / 2) % np.pi)
 
     def _place(self, goal: list[str]) -> Place:
         model, name = self._scene.model, goal[2]

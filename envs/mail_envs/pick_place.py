@@ -184,6 +184,9 @@ class PlannedExpert:
         # Turning with an outstretched arm may straighten the elbow for good, so turn at home first.
         if np.linalg.norm(rotation_vector(turned @ hand.rotation.T)) > 0.3:
             yield from hand.go(self._start, turned, OPEN, within=0.08, steps=60, turned_within=0.3)
+        # First across, then down: what was filled last may stand in between.
+        across = np.array([*above[:2], max(above[2], hand.position[2])])
+        yield from hand.go(across, turned, OPEN, within=0.06, steps=60)
         yield from hand.go(above, turned, OPEN, within=0.015, steps=100, turned_within=0.1)
         yield from hand.go(grasp.point, turned, OPEN, within=0.008, steps=60)
         if np.linalg.norm(grasp.point - hand.position) > 0.015:
