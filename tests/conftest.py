@@ -66,7 +66,7 @@ _LIBERO_ASSETS = os.environ.get("MAIL_AGENTS_LIBERO_ASSETS")
 
 @pytest.fixture(scope="session")
 def libero_asset_folder() -> Path:
-    """LIBERO's meshes: of the environment variable, else of a folder next to the checkout or in it."""
+    """LIBERO's meshes: of the environment variable, else of a folder in or next to the checkout."""
     pytest.importorskip("libero", reason="LIBERO is not installed (docs/install.md)")
     named = [Path(_LIBERO_ASSETS)] if _LIBERO_ASSETS else []
     for folder in [

@@ -4,7 +4,9 @@ robosuite steps the physics and samples its sensors; this module seeds it, makes
 previous episode, draws its cameras and judges success. Nothing here changes the physics.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import gymnasium
@@ -14,7 +16,7 @@ from gymnasium import spaces
 from mail_agents.errors import InvalidInputError, suggest, unknown_name
 from mail_agents.features import ImageSpace, Orientation
 from mail_envs.libero_setup import global_random, quiet
-from mail_envs.rendering import OffscreenRenderer, RenderQuality
+from mail_envs.rendering import OffscreenRenderer, RenderQuality, import_mujoco
 
 # robosuite shows group 1, what is meant to be seen, and hides group 0, the collision shapes.
 VISIBLE_GROUPS = (1, 2)
@@ -157,7 +159,13 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     def model_xml(self) -> str:
         """The model as MJCF text, with the paths of this machine, as robosuite's recorders keep."""
-        return self._sim.sim.model.get_xml()
+        mujoco = import_mujoco(self.world)
+        # MuJoCo writes the description that it loaded last, with the numbers of the given model.
+        mujoco.MjModel.from_xml_string(self._sim.model.get_xml())
+        with tempfile.TemporaryDirectory(prefix="mail-agents-model-") as folder:
+            path = Path(folder) / "model.xml"
+            mujoco.mj_saveLastXML(str(path), self.model)
+            return path.read_text(encoding="utf-8")
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -400,6 +408,6 @@ def _as_sensor(read: Callable[[], np.ndarray]) -> Callable[[Any], np.ndarray]:
     def sensor(_: Any) -> np.ndarray:
         return read()
 
-    # What robosuite's decorator sets; another modality than "object" keeps it out of object-state.
-    sensor.__modality__ = "own"  # type: ignore[attr-defined]
+    # What robosuite's decorator sets; it joins the values of every other modality into one array.
+    sensor.__modality__ = "image"  # type: ignore[attr-defined]
     return sensor

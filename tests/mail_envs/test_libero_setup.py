@@ -93,7 +93,7 @@ def test_incomplete_meshes_are_refused_by_what_is_missing(package, tmp_path, mon
         libero_setup.asset_folder()
     monkeypatch.delenv("MAIL_AGENTS_LIBERO_ASSETS")
     write_config(tmp_path / "config", f"assets: {folder}\n", monkeypatch)
-    with pytest.raises(InvalidInputError, match="'assets' in .*config.yaml"):
+    with pytest.raises(InvalidInputError, match=r"'assets' in .*config\.yaml"):
         libero_setup.asset_folder()
 
 

@@ -69,10 +69,9 @@ def upstream(tmp_path: Path, task: str, seed: int, images: bool) -> dict[str, np
 
 
 def test_catalogue_equals_upstream():
+    from robosuite import ALL_ENVIRONMENTS
     from robosuite.environments.base import REGISTERED_ENVS
     from robosuite.environments.manipulation.single_arm_env import SingleArmEnv
-
-    from robosuite import ALL_ENVIRONMENTS
 
     single = [name for name in ALL_ENVIRONMENTS if issubclass(REGISTERED_ENVS[name], SingleArmEnv)]
     assert sorted(single) == list(ROBOSUITE_TASKS)

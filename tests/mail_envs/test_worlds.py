@@ -40,7 +40,9 @@ def test_catalogue_equals_upstream() -> None:
 def test_list_worlds() -> None:
     assert len(mail_envs.list_worlds("metaworld/*")) == 50
     assert len(mail_envs.list_worlds("d4rl/*")) == 20
-    assert len(mail_envs.list_worlds()) == 70
+    assert len(mail_envs.list_worlds("robosuite/*")) == 14
+    assert len(mail_envs.list_worlds("libero_*")) == 130
+    assert len(mail_envs.list_worlds()) == 214
     assert mail_envs.list_worlds("metaworld/door-*") == [
         f"mail_envs:metaworld/door-{what}-v3" for what in ("close", "lock", "open", "unlock")
     ]
