@@ -333,7 +333,7 @@ def test_episodes_are_the_same_beside_any_number_of_others(build, noise_env, age
 def test_returns_are_raw_and_termination_ends_the_episode(build, noise_env):
     agent = build("dt", return_scale=1000.0)
     watch(agent)
-    found = evaluate(agent, noise_env, 2, seed=0, target_return=5.0)
+    found = evaluate(agent, noise_env, 2, seed=0, n_envs=1, target_return=5.0)
     for episode in found.episodes:
         assert episode.terminated
         assert 5 <= episode.length <= 30

@@ -1,7 +1,6 @@
 """Evaluation in LIBERO: the published initial states, and the same episodes in any processes."""
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,8 @@ STEPS = 5
 
 
 @pytest.fixture
-def agent(gl, libero_assets, tmp_path, monkeypatch):
+def agent(gl, libero_assets, tmp_path):
     """One that was saved and loaded, as those that are evaluated."""
-    if importlib.util.find_spec("libero") is None:
-        pytest.skip("LIBERO is not installed")
-    monkeypatch.setenv("MAIL_AGENTS_LIBERO_ASSETS", str(libero_assets))
     env = env_maker(ENV_ID, KWARGS)()
     features = FeatureSpec.from_spaces(env.observation_space, env.action_space)
     env.close()
