@@ -15,6 +15,7 @@ import numpy as np
 from mail_agents.data.dataset import ArrayDataset
 from mail_agents.data.env_specs import recorded_start, recording_kwargs
 from mail_agents.data.episode import SUCCESS_KEYS, Episode
+from mail_agents.data.sim_states import narrow_states
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.features import FeatureSpec, as_mapping
 
@@ -219,7 +220,7 @@ def _replay(env: gymnasium.Env, episode: Episode, index: int) -> Replayed:
                 worst[kind].compare(key, steps, rows[row], value)
         states = episode.infos.get("states")
         if states is not None and "state" in info and steps < len(states):
-            worst["state"].compare("state", steps, states[steps], info["state"])
+            worst["state"].compare("state", steps, narrow_states(states)[steps], info["state"])
 
     try:
         compare(*env.reset(**start))

@@ -8,6 +8,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from mail_agents.data.episode import Episode
+from mail_agents.data.sim_states import narrow_states
 
 
 def importable_id(spec: EnvSpec) -> str:
@@ -65,7 +66,7 @@ def recorded_start(episode: Episode, env: gymnasium.Env) -> dict[str, Any] | Non
         return {"seed": episode.seed, "options": episode.meta.get("options")}
     if "states" not in episode.infos:
         return None
-    options: dict[str, Any] = {"state": episode.infos["states"][0].copy()}
+    options: dict[str, Any] = {"state": narrow_states(episode.infos["states"])[0].copy()}
     if "fixtures" in episode.meta and "fixtures" in _reset_options(env):
         options["fixtures"] = episode.meta["fixtures"]
     return {"seed": 0, "options": options}

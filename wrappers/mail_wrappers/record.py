@@ -9,6 +9,7 @@ from gymnasium import spaces
 
 from mail_agents.data.env_specs import spec_to_dict
 from mail_agents.data.episode import SUCCESS_KEYS, Episode
+from mail_agents.data.sim_states import widen_states
 from mail_agents.data.writer import StoreWriter
 from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec, as_mapping
@@ -26,7 +27,7 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
 
     Arrays of ``info`` that the environment names in ``metadata["record_infos"]`` are kept too: with
     ``("state",)`` every ``info["state"]``, of reset and of all T steps, becomes the episode's
-    ``infos["states"]`` ``(T+1, ...)``.
+    ``infos["states"]`` ``(T+1, 128)``, filled up as in :mod:`mail_agents.data.sim_states`.
 
     >>> env = RecordEpisodes(gymnasium.make("CartPole-v1"))
     >>> observation, info = env.reset(seed=3)
@@ -179,5 +180,10 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
             task=self.task,
             seed=self._seed,
             meta=meta,
-            infos={f"{name}s": np.stack(rows) for name, rows in self._infos.items()},
+            infos={f"{name}s": _rows(name, rows) for name, rows in self._infos.items()},
         )
+
+
+def _rows(name: str, values: list[np.ndarray]) -> np.ndarray:
+    rows = np.stack(values)
+    return widen_states(rows) if name == "state" else rows

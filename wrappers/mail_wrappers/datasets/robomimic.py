@@ -13,6 +13,7 @@ import numpy as np
 
 from mail_agents.data.episode import Episode
 from mail_agents.data.manifest import file_sha256
+from mail_agents.data.sim_states import widen_states
 from mail_agents.data.store import StoreDataset, write_dataset
 from mail_agents.errors import CorruptFileError, InvalidInputError
 from mail_wrappers.datasets import robomimic_file as rf
@@ -171,6 +172,8 @@ def _read_demo(facts: FileFacts, group: h5py.Group, key: str, align: Align) -> E
     if placed:
         meta["fixtures"] = placed
     infos = {n: rf.array(path, group, n, length) for n in (_BEFORE, _BESIDE) if n in group}
+    if _BEFORE in infos:
+        infos[_BEFORE] = widen_states(infos[_BEFORE])
     if align == "causal":
         if length < 2:
             raise CorruptFileError(

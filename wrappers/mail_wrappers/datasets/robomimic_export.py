@@ -16,6 +16,7 @@ import numpy as np
 from mail_agents.data.dataset import TrajectoryDataset
 from mail_agents.data.env_specs import recorded_start, recording_kwargs
 from mail_agents.data.episode import Episode
+from mail_agents.data.sim_states import narrow_states
 from mail_agents.errors import InvalidInputError, StorageError
 from mail_agents.features import FeatureSpec, Orientation
 from mail_wrappers.datasets.robomimic_facts import GYM
@@ -260,7 +261,7 @@ class _TaskFile:
             )
         first = 0 if self.alignment == "after_action" else 1
         rows = slice(first, first + length)
-        states = episode.infos["states"][:length]
+        states = narrow_states(episode.infos["states"])[:length]
         demo["actions"] = episode.actions.astype(np.float64)
         demo["states"] = states
         demo["robot_states"] = _robot_states(index, episode)[rows]
@@ -277,7 +278,7 @@ class _TaskFile:
         demo["dones"] = episode.terminations.astype(np.int64)
         for name in ("states", "robot_states"):
             if name in episode.infos:
-                demo[name] = episode.infos[name][:length]
+                demo[name] = narrow_states(episode.infos[name])[:length]
         for key, values in episode.observations.items():
             values = self._turned(key, values)
             demo[f"obs/{key}"] = values[:-1]
