@@ -100,7 +100,10 @@ class BinExpert(BoxExpert):
         task: Any = self._env.get_wrapper_attr("robosuite_env")
         body = self._body(task.obj_to_use)
         yield from self._take(body)
-        place = task.target_bin_placements[task.object_id]
+        place = np.array(task.target_bin_placements[task.object_id])
+        # The middle of a compartment can be out of comfortable reach; its near corner is not.
+        inward = np.sign(self._scene.base - place)[:2]
+        place[:2] += inward * (np.array(task.bin_size[:2]) / 4.0 - 0.045)
         yield from self._carry(body, place[:2], place[2] + 0.03, place[2] + 0.15)
         yield from self._release(self._turned)
 
