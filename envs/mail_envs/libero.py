@@ -61,7 +61,9 @@ class LiberoEnv(ManipulationEnv):
     ``reset`` options: ``init_state``, the number of a stored initial state (0 to 49); or ``state``,
     a flattened simulator state to start from without settling. With neither, the seed draws the
     number, or the placement when ``initial="sampled"``. Fixtures such as a cabinet are not part of
-    a state: the seed places them, a centimetre here or there, as it does upstream.
+    a state: the seed places them, a centimetre here or there, as it does upstream; beside
+    ``state``, ``fixtures`` says where they stand: position (3, m) and quaternion (4, w first) by
+    name.
 
     Differences from upstream: an episode depends on seed and options alone. There, a reset without
     reload keeps the gripper's command and the fixtures' places, and placements come from NumPy's
@@ -189,8 +191,9 @@ class LiberoEnv(ManipulationEnv):
         }
 
     def reset_options(self) -> tuple[str, ...]:
-        """``init_state`` (with stored initial states) and ``state``."""
-        return ("init_state", "state") if self.initial == "stored" else ("state",)
+        """``init_state`` (with stored initial states), ``state`` and ``fixtures``."""
+        stored = ("init_state",) if self.initial == "stored" else ()
+        return (*stored, "state", "fixtures")
 
     def _build(self) -> Any:
         envs = import_libero()
@@ -222,6 +225,8 @@ class LiberoEnv(ManipulationEnv):
 
     def _start(self, options: dict[str, Any]) -> dict[str, Any]:
         if "state" in options:
+            for body, pose in options.get("fixtures", {}).items():
+                self.model.body_pos[body], self.model.body_quat[body] = pose[:3], pose[3:]
             self._go_to(options["state"])
             self._refresh()
             return {}
@@ -235,6 +240,10 @@ class LiberoEnv(ManipulationEnv):
 
     def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
         options = super()._checked_options(options)
+        if "fixtures" in options:
+            if "state" not in options:
+                raise InvalidInputError("The option 'fixtures' needs the option 'state' beside it.")
+            options["fixtures"] = self._checked_fixtures(options["fixtures"])
         if self.initial != "stored" or "state" in options:
             if "init_state" in options:
                 raise InvalidInputError("Give either the option 'init_state' or 'state', not both.")
@@ -250,6 +259,21 @@ class LiberoEnv(ManipulationEnv):
                 f"init_state is {index}; {self.world} has the initial states 0 to {count - 1}."
             )
         return {"init_state": int(index)}
+
+    def _checked_fixtures(self, fixtures: Mapping[str, Any]) -> dict[int, np.ndarray]:
+        """Pose with a quaternion of length 1 by number of the body."""
+        out = {}
+        for name, given in fixtures.items():
+            if name not in self._sim.fixtures_dict:
+                raise unknown_name(f"fixture of {self.world}", name, self._sim.fixtures_dict)
+            pose = np.array(given, dtype=np.float64)
+            if pose.shape != (7,) or not np.isfinite(pose).all() or not pose[3:].any():
+                raise InvalidInputError(
+                    f"Fixture {name!r} stands at {given}; give position (3) and quaternion (4)."
+                )
+            pose[3:] /= np.linalg.norm(pose[3:])
+            out[self.body_id(name)] = pose
+        return out
 
     def _go_to(self, state: np.ndarray) -> None:
         """What upstream's ``ControlEnv.set_init_state`` does, without reading sensors."""

@@ -91,7 +91,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._arrange_sensors()
         low, high = self._sim.action_spec
         self.action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32))
-        self.observation_space = self._make_space()
+        self.observation_space = self._make_space()  # type: ignore[assignment]
 
     # What subclasses say about themselves.
 

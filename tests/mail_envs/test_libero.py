@@ -202,6 +202,27 @@ def test_starting_from_a_state_continues_there(milk):
     np.testing.assert_array_equal(observation["joint_states"], states[-1][1:8])
 
 
+def test_fixtures_stand_where_a_recording_had_them():
+    env = LiberoEnv(IN_DRAWER, "libero_spatial", cameras=())
+    _, states = play(env, 3, {"init_state": 4})
+    cabinet = env.body_id("wooden_cabinet_1")
+    pose = [*env.model.body_pos[cabinet], *env.model.body_quat[cabinet]]
+    env.reset(seed=8)
+    assert not np.array_equal(env.model.body_pos[cabinet], pose[:3])
+    env.reset(seed=8, options={"state": states[-1], "fixtures": {"wooden_cabinet_1": pose}})
+    np.testing.assert_allclose(env.data.xpos[cabinet], pose[:3], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(env.data.xquat[cabinet], pose[3:], rtol=0, atol=1e-12)
+    for bad, message in [
+        ({"fixtures": {"wooden_cabinet_1": pose}}, "needs the option 'state'"),
+        ({"state": states[0], "fixtures": {"wooden_cabinet_1": pose[:3]}}, "position"),
+    ]:
+        with pytest.raises(InvalidInputError, match=message):
+            env.reset(options=bad)
+    with pytest.raises(UnknownNameError, match="Did you mean 'wooden_cabinet_1'"):
+        env.reset(options={"state": states[0], "fixtures": {"cabinet_1": pose}})
+    env.close()
+
+
 def test_goal_state_holds_the_poses(milk):
     observation, _ = milk.reset(seed=0, options={"init_state": 0})
     assert milk.goals == [["in", "milk_1", "basket_1_contain_region"]]
