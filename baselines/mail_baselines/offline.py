@@ -133,6 +133,15 @@ class OfflineAgent(Agent):
             loss, own = self.training_module(prepared, self.generator)
         return loss, {**own, **metrics}
 
+    def loss_weight(self, batch: Mapping[str, Any]) -> float:
+        """See :class:`~mail_agents.agent.Agent`; padding counts where the loss averages over it.
+
+        Losses on further predictions, which have a few targets less, are weighed alike.
+        """
+        if getattr(self.config, "loss_average", "valid") == "all":
+            return float(batch["action_mask"].shape[0] * batch["action_mask"].shape[1])
+        return super().loss_weight(batch)
+
     def on_update(self) -> None:
         """Lets the earlier version of the policy follow."""
         if self.evolution is not None:

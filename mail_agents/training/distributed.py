@@ -208,11 +208,11 @@ class Team:
             weight.grad = total.view_as(weight) if count else None
 
     def mean(self, values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-        """Means of scalars over processes, weighted by their shares."""
-        if self.size == 1 or not values:
+        """Means over processes of scalars, ``"loss"`` among them, weighted by their shares."""
+        if self.size == 1:
             return dict(values)
-        names = sorted(values)
-        parts = torch.stack([torch.as_tensor(values[name]).detach().float() for name in names])
+        names, where = sorted(values), values["loss"].device
+        parts = torch.stack([values[name].detach().to(where, torch.float32) for name in names])
         parts = torch.where(parts.isfinite() | (share > 0), parts * share, 0.0)
         dist.all_reduce(parts, group=self._group)
         return dict(zip(names, parts.unbind(), strict=True))

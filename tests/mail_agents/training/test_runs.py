@@ -15,9 +15,11 @@ from mail_agents.errors import CorruptFileError, InvalidInputError, StorageError
 from mail_agents.training.runs import (
     Run,
     RunArguments,
+    ending_in_a_sentence,
     load_arguments,
     parse_arguments,
     read_metrics,
+    refuse_torchrun,
     run_script,
 )
 
@@ -280,3 +282,66 @@ def test_places_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"Cannot write .*file"):
         Run(tmp_path / "file" / "run", Args(), None)
+
+
+# ---- numbers and processes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"eval_envs": 0}, "--eval-envs starts at 1; got 0"),
+        ({"eval_workers": 0}, "--eval-workers starts at 1; got 0"),
+        ({"eval_episodes": -1}, r"--eval-episodes starts at 0 \(none\); got -1"),
+        ({"seed": -3}, "--seed starts at 1; got -3"),
+    ],
+)
+def test_numbers_that_are_too_small_are_named_by_their_flag(changes, words):
+    RunsArgs(eval_envs=None, eval_episodes=0).check_counts()
+    with pytest.raises(InvalidInputError, match=words):
+        dataclasses.replace(RunsArgs(seed=1), **changes).check_counts("seed")
+
+
+def test_a_flag_may_choose_the_defaults_of_others():
+    class Deep(RunsArgs):
+        @classmethod
+        def recommended(cls, agent, flag):
+            config = MailConfig(history=9) if flag("output") == "deep" else MailConfig()
+            return cls(agent=agent, config=config)
+
+    assert parse_arguments(Deep, []).config.history == 5
+    assert parse_arguments(Deep, ["--output", "deep"]).config.history == 9
+    flags = ["--output=deep", "--config.history", "2"]
+    assert parse_arguments(Deep, flags).config.history == 2
+
+
+def test_torchrun_is_refused_by_scripts_for_one_process(monkeypatch):
+    refuse_torchrun()
+    monkeypatch.setattr("sys.argv", ["scripts/collect.py"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_torchrun()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, code in (("0", "error: collect.py works in one process, and torchrun"), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as caught:
+            refuse_torchrun()
+        assert caught.value.code == code or str(caught.value.code).startswith(str(code))
+
+
+def test_an_interrupted_team_goes_on_with_torchrun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "arguments.json").write_text("{}")
+
+    def interrupted(speaks):
+        with ending_in_a_sentence(lambda: speaks) as known:
+            known.append(tmp_path)
+            raise KeyboardInterrupt
+
+    for speaks in (True, False):
+        with pytest.raises(SystemExit) as caught:
+            interrupted(speaks)
+        assert caught.value.code == 130
+        printed = capsys.readouterr().err
+        assert ("torchrun --nproc-per-node 2 train.py --resume" in printed) == speaks
+        assert bool(printed) == speaks

@@ -9,6 +9,7 @@ from toybox.sequence import SequenceAgent, SequenceConfig
 from toybox.world import ENV_ID, demonstrations
 
 import mail_agents
+from mail_agents.agents.mail_config import MailConfig
 from mail_agents.data.dataset import MemoryDataset
 from mail_agents.data.references import Reference
 from mail_agents.data.windows import BatchSampler
@@ -276,3 +277,14 @@ def test_curves_show_what_means_the_same_for_every_agent(rows, curve, label, tmp
     result = summarise_run(agent, tmp_path, ["point"], 2, 1.0, seed=0)
     assert result.curve == list(enumerate(curve))
     assert result.curve_label == label
+
+
+def test_evaluation_is_hosted_as_the_arguments_say(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "mail_agents.training.session.evaluate_worlds", lambda *_, **options: seen.update(options)
+    )
+    for changes, expected in (({}, (None, 1)), ({"eval_envs": 3, "eval_workers": 2}, (3, 2))):
+        arguments = RunArguments("mail/d-tr-ddpm", MailConfig(), eval_episodes=0, **changes)
+        evaluator(arguments, fitted(), DATASET, print)()
+        assert (seen["n_envs"], seen["workers"]) == expected
