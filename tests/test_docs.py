@@ -1,4 +1,7 @@
-"""Every code block of the README and of docs/ runs, or says why it does not."""
+"""Every code block of the README and of docs/ runs, or says why it does not.
+
+Blocks behind ``<!-- needs: libero -->`` run where LIBERO and its meshes are.
+"""
 
 import importlib.util
 import os
@@ -15,24 +18,30 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!--\s*not run: (\S[^>]*?)\s*-->\s*\Z")
+NEEDS = re.compile(r"<!--\s*needs: (\w+)\s*-->\s*\Z")
+#: What a block may need, and the fixture that provides it or skips with the reason.
+PROVIDERS = {"libero": "libero_assets"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; ``skipped`` is the reason why it does not run, or empty."""
+    """A fenced block; ``skipped`` says why it does not run, ``needs`` what it runs with."""
 
     language: str
     code: str
     line: int
     skipped: str
+    needs: str
 
 
 def blocks_of(text: str) -> list[Block]:
     found = []
     for match in FENCE.finditer(text):
-        marker = NOT_RUN.search(text[: match.start()])
-        line = text[: match.start()].count("\n") + 1
-        found.append(Block(match[1], match[2], line, marker[1] if marker else ""))
+        before = text[: match.start()]
+        reason, needs = (
+            marker[1] if (marker := pattern.search(before)) else "" for pattern in (NOT_RUN, NEEDS)
+        )
+        found.append(Block(match[1], match[2], before.count("\n") + 1, reason, needs))
     return found
 
 
@@ -86,16 +95,27 @@ def run_page(page: Path, blocks: list[Block]) -> None:
         if runnable(page.read_text(encoding="utf-8"))
     ],
 )
-def test_code_blocks_run(page, place):
-    run_page(page, runnable(page.read_text(encoding="utf-8")))
+def test_code_blocks_run(page, place, request):
+    blocks = runnable(page.read_text(encoding="utf-8"))
+    lacking = {}
+    for need in {block.needs for block in blocks} - {""}:
+        try:
+            request.getfixturevalue(PROVIDERS[need])
+        except pytest.skip.Exception as reason:
+            lacking[need] = str(reason)
+    run_page(page, [block for block in blocks if block.needs not in lacking])
+    if lacking:
+        pytest.skip(f"the other blocks ran: {'; '.join(lacking.values())}")
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES])
 def test_markers_stand_before_a_block(page):
     text = page.read_text(encoding="utf-8")
-    skipped = [block for block in blocks_of(text) if block.skipped]
-    assert len(skipped) == text.count("<!-- not run"), "a marker without a block"
-    assert all(block.language in ("python", "bash") for block in skipped)
+    marked = [block for block in blocks_of(text) if block.skipped or block.needs]
+    markers = text.count("<!-- not run") + text.count("<!-- needs")
+    assert len(marked) == markers, "a marker without a block, or two before one"
+    assert all(block.language in ("python", "bash") for block in marked)
+    assert all(block.needs in ("", *PROVIDERS) for block in marked)
 
 
 def test_blocks_are_found_and_can_fail(place):
@@ -108,6 +128,7 @@ def test_blocks_are_found_and_can_fail(place):
     assert [(block.language, block.line) for block in found] == [
         ("python", 1), ("bash", 12), ("python", 15),
     ]  # fmt: skip
+    assert runnable("<!-- needs: libero -->\n" + page)[0].needs == "libero"
     run_page(Path("page.md"), found[:2])
     with pytest.raises(AssertionError):
         run_page(Path("page.md"), found)
