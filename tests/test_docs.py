@@ -1,6 +1,6 @@
 """Every code block of the README and of docs/ runs, or says why it does not.
 
-Blocks behind ``<!-- needs: libero -->`` run where LIBERO and its meshes are.
+Blocks behind ``<!-- needs: libero -->`` or ``robosuite`` run where those are.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!--\s*not run: (\S[^>]*?)\s*-->\s*\Z")
 NEEDS = re.compile(r"<!--\s*needs: (\w+)\s*-->\s*\Z")
 #: What a block may need, and the fixture that provides it or skips with the reason.
-PROVIDERS = {"libero": "libero_assets"}
+PROVIDERS = {"libero": "libero_assets", "robosuite": "installed_robosuite"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,12 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(roots))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def installed_robosuite() -> None:
+    if importlib.util.find_spec("robosuite") is None:
+        pytest.skip("robosuite is not installed (docs/install.md)")
 
 
 def run_page(page: Path, blocks: list[Block]) -> None:
