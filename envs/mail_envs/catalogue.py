@@ -6,34 +6,21 @@ import gymnasium
 
 from mail_agents.data.env_specs import spec_to_dict
 from mail_agents.errors import InvalidInputError
+from mail_wrappers.worlds import LIBERO_HORIZON, ROBOSUITE_HORIZON, ROBOSUITE_TASKS
+
+__all__ = [
+    "LIBERO_HORIZON",
+    "METAWORLD_CAMERAS",
+    "METAWORLD_HORIZON",
+    "METAWORLD_TASKS",
+    "ROBOSUITE_HORIZON",
+    "ROBOSUITE_TASKS",
+    "env_spec_dict",
+]
 
 #: Steps after which an episode is truncated unless ``gymnasium.make(max_episode_steps=)`` says
 #: otherwise: Meta-World's own ``SawyerXYZEnv.max_path_length``.
 METAWORLD_HORIZON = 500
-
-#: The limit of LIBERO's own evaluation (``eval/default.yaml``), in every suite.
-LIBERO_HORIZON = 600
-
-#: Steps that robomimic (Mandlekar et al. 2021) gives most of these tasks, at most.
-ROBOSUITE_HORIZON = 500
-
-#: Tasks of robosuite 1.4 (Zhu et al. 2020) for one arm.
-ROBOSUITE_TASKS: tuple[str, ...] = (
-    "Door",
-    "Lift",
-    "NutAssembly",
-    "NutAssemblyRound",
-    "NutAssemblySingle",
-    "NutAssemblySquare",
-    "PickPlace",
-    "PickPlaceBread",
-    "PickPlaceCan",
-    "PickPlaceCereal",
-    "PickPlaceMilk",
-    "PickPlaceSingle",
-    "Stack",
-    "Wipe",
-)
 
 #: The 50 tasks of Meta-World (Yu et al. 2019; benchmark MT50), version 3.
 METAWORLD_TASKS: tuple[str, ...] = (

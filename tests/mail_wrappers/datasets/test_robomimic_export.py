@@ -19,7 +19,6 @@ from mail_agents.replay import replay_dataset
 from mail_wrappers import RecordEpisodes
 from mail_wrappers.datasets import robomimic_export
 from mail_wrappers.datasets.robomimic import convert_demos, write_libero, write_robomimic
-from mail_wrappers.datasets.robomimic_export import turn_images
 
 
 def contents(path: Path) -> dict[str, tuple[str, bytes]]:
@@ -143,17 +142,6 @@ def test_images_are_turned_to_liberos_orientation(tmp_path, demo_files, arm, ori
     back = convert_demos(tmp_path / "b", tmp_path / "store")
     assert back.features.observations["agentview_rgb"].orientation == "raw"
     assert back.info.env_specs[demo_files.milk]["kwargs"]["orientation"] == "raw"
-
-
-def test_turning_images_back_gives_the_images():
-    images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
-    for have in ("raw", "upright", "rot180"):
-        for want in ("raw", "upright", "rot180"):
-            there = turn_images(images, have, want)
-            assert np.array_equal(turn_images(there, want, have), images)
-            assert np.array_equal(there, images) == (have == want)
-    assert np.array_equal(turn_images(images, "raw", "upright"), images[:, ::-1])
-    assert np.array_equal(turn_images(images, "raw", "rot180"), images[:, ::-1, ::-1])
 
 
 def test_robot_states_have_the_hands_quaternion(demo_files, arm):

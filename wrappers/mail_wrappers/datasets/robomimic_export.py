@@ -21,6 +21,7 @@ from mail_agents.errors import InvalidInputError, StorageError
 from mail_agents.features import FeatureSpec, Orientation
 from mail_wrappers.datasets.robomimic_facts import GYM
 from mail_wrappers.datasets.robomimic_file import EXTRAS
+from mail_wrappers.images import turn_images
 
 _SIMULATED = ("mail_envs:libero_", "mail_envs:robosuite/")
 #: Meta that reading the file gives again.
@@ -322,13 +323,6 @@ def _alignment(dataset: TrajectoryDataset, numbers: list[int], task: str | None)
             "from after it. Write two datasets."
         )
     return found.pop()
-
-
-def turn_images(images: np.ndarray, have: Orientation, want: Orientation) -> np.ndarray:
-    """Turns images ``(N, height, width, channels)`` from one orientation into another."""
-    flips = {"raw": (False, False), "upright": (True, False), "rot180": (True, True)}
-    rows, columns = (a != b for a, b in zip(flips[have], flips[want], strict=True))
-    return images[:, :: -1 if rows else 1, :: -1 if columns else 1]
 
 
 def _robot_states(index: int, episode: Episode) -> np.ndarray:
