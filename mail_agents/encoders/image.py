@@ -40,15 +40,17 @@ class SpatialSoftmax(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(B, channels, h, w)`` to ``(B, keypoints, 2)``, coordinates ordered (x, y)."""
         height, width = x.shape[-2:]
-        # Half precision cannot resolve neighbouring pixels of a large map, so this part is fp32.
-        weights = self.score(x).flatten(2).float().softmax(dim=-1)
+        scores = self.score(x).flatten(2)
         ys = torch.linspace(-1.0, 1.0, height, device=x.device)
         xs = torch.linspace(-1.0, 1.0, width, device=x.device)
         grid = torch.stack(
             (xs.expand(height, width).flatten(), ys[:, None].expand(height, width).flatten()),
             dim=-1,
         )
-        return weights @ grid
+        # Half precision cannot resolve neighbouring pixels of a large map, so this part is fp32;
+        # autocast would round the operands of the product again.
+        with torch.autocast(x.device.type, enabled=False):
+            return scores.float().softmax(dim=-1) @ grid
 
 
 class ResNetEncoder(nn.Module):

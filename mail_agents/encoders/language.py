@@ -115,7 +115,7 @@ class InstructionEmbedder:
             raise InvalidInputError(
                 f"language={self.model!r} gives {rows.shape[1]} numbers per task, but the agent "
                 f"was made for language_dim={self.dim}. Make it with "
-                f"language_dim={rows.shape[1]}."
+                f"language_dim={rows.shape[1]} (scripts: --config.language-dim {rows.shape[1]})."
             )
         if not np.isfinite(rows).all():
             raise InvalidInputError(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,19 @@ from mail_agents.errors import InvalidInputError, require, suggest
 
 #: Names that are no models; for suggestions after a typing error.
 _OTHERS = ("hash", "none")
+#: Left out, transformers asks on the terminal whether it may run Python files of a model's folder.
+_NO_CODE = {"trust_remote_code": False}
+#: What a folder holds: one file of every group.
+_FILES = (
+    ("config.json",),
+    ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"),
+    (
+        "model.safetensors",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+    ),
+)
 
 
 class TextEmbedder:
@@ -55,25 +69,16 @@ class TextEmbedder:
 
     def _load(self, transformers: Any) -> tuple[Any, Any]:
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model)
-            config = transformers.AutoConfig.from_pretrained(self.model)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, **_NO_CODE)
+            config = transformers.AutoConfig.from_pretrained(self.model, **_NO_CODE)
             kind = (config.architectures or [""])[0]
             # AutoModel would drop the projection of a tower that was saved alone.
             tower = kind if kind.endswith("TextModelWithProjection") else "AutoModel"
             network, info = getattr(transformers, tower).from_pretrained(
-                self.model, output_loading_info=True
+                self.model, output_loading_info=True, **_NO_CODE
             )
         except Exception as error:  # the hub, the files and the configuration fail in many ways
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            offline = "HF_HUB_OFFLINE is set, so nothing is downloaded. "
-            raise InvalidInputError(
-                f"Cannot load the text model language={self.model!r}.{suggest(self.model, _OTHERS)}"
-                f" {type(error).__name__}: {reason} "
-                + (offline if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "")
-                + "Name a model of the Hugging Face hub, or a local folder with one, made where "
-                f"there is a network: hf download {self.model} --local-dir FOLDER. "
-                "language='hash' needs no model."
-            ) from error
+            raise self._unloadable(error) from error
         missing = sorted(info["missing_keys"])
         if missing:  # they would be random numbers
             raise InvalidInputError(
@@ -103,6 +108,29 @@ class TextEmbedder:
         if features is None:
             raise self._no_features(type(network).__name__)
         return features[0].float()
+
+    def _unloadable(self, error: Exception) -> InvalidInputError:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            # The library's own words advise to let the code run.
+            reason = "its folder brings Python code, which is never run; use a model without."
+        return InvalidInputError(
+            f"Cannot load the text model language={self.model!r}.{suggest(self.model, _OTHERS)} "
+            f"{type(error).__name__}: {reason} {self._advice()} language='hash' needs no model."
+        )
+
+    def _advice(self) -> str:
+        folder = Path(self.model)
+        if folder.exists():
+            absent = [" or ".join(g) for g in _FILES if not any((folder / n).is_file() for n in g)]
+            lacks = f"The folder lacks {'; '.join(absent)}. " if absent else ""
+            return f"{lacks}Copy or download the whole model again into {folder.resolve()}."
+        offline = "HF_HUB_OFFLINE is set, so nothing is downloaded. "
+        return (
+            (offline if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else "")
+            + "Name a model of the Hugging Face hub, or a local folder with one, made where there "
+            f"is a network: hf download {self.model} --local-dir FOLDER."
+        )
 
     def _no_features(self, kind: str) -> InvalidInputError:
         return InvalidInputError(

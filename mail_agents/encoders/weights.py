@@ -112,18 +112,19 @@ def _read(path: Path, content: bytes) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # PyTorch's own words are left out: they advise to read it with weights_only=False.
         raise CorruptFileError(
             f"{path} is damaged, or holds more than tensors, and could run code when opened; it "
-            f"was refused ({reason}). On a machine where you trust it, keep the weights alone: "
-            "safetensors.torch.save_file(state_dict, 'weights.safetensors')."
+            f"was refused ({type(error).__name__}). On a machine where you trust it, keep the "
+            "weights alone: safetensors.torch.save_file(state_dict, 'weights.safetensors')."
         ) from error
 
 
 def _unwrap(path: Path, content: Any) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    for _ in _WRAPPERS:  # in any order
+        inside = content if isinstance(content, Mapping) else {}
+        found = (inside[key] for key in _WRAPPERS if isinstance(inside.get(key), Mapping))
+        content = next(found, content)
     named = content if isinstance(content, Mapping) else {}
     tensors = {str(name): value for name, value in named.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -168,6 +169,10 @@ def _check_tensor(path: Path, name: str, tensor: Tensor, own: Tensor) -> None:
         )
     if not torch.isfinite(tensor).all():
         raise CorruptFileError(f"{path}: tensor {name!r} holds NaN or infinity. Use another file.")
+    if name.endswith("running_var") and (tensor < 0).any():
+        raise CorruptFileError(
+            f"{path}: tensor {name!r} holds negative variances. Use another file."
+        )
 
 
 def _not_resnet18(path: Path, missing: list[str], unknown: list[str]) -> CorruptFileError:

@@ -83,6 +83,22 @@ def test_spatial_softmax_finds_the_peak_as_x_then_y():
     torch.testing.assert_close(pool(x), torch.tensor([[[-0.5, 1.0]]]))
 
 
+def test_keypoints_keep_single_precision_under_autocast():
+    torch.manual_seed(0)
+    pool, x = SpatialSoftmax(4, keypoints=3), torch.randn(2, 4, 30, 40)
+    plain = pool(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = pool(x)
+        scores = pool.score(x).float().flatten(2)
+    assert scores.dtype == mixed.dtype == torch.float32
+    ys, xs = torch.linspace(-1, 1, 30).double(), torch.linspace(-1, 1, 40).double()
+    weights = scores.double().softmax(-1).unflatten(-1, (30, 40))
+    exact = torch.stack(((weights.sum(2) * xs).sum(-1), (weights.sum(3) * ys).sum(-1)), -1)
+    # Only the scores are rounded to half precision, not the weights and not the coordinates.
+    assert (mixed - exact).abs().max() < 1e-6
+    assert (mixed - plain).abs().max() < 2e-3
+
+
 def test_the_smallest_camera_still_learns():
     encoder = ResNetEncoder(camera(), 8)
     encoder(images(2, 1, 33, 33)).square().sum().backward()

@@ -1,3 +1,6 @@
+import io
+import json
+import shutil
 import sys
 
 import numpy as np
@@ -98,8 +101,45 @@ def test_models_that_cannot_be_had_are_explained(monkeypatch, tmp_path):
     assert "language='hash'" in str(raised.value)
     with pytest.raises(InvalidInputError, match="Did you mean 'hash'"):
         TextEmbedder("hsh")(["open"])
-    with pytest.raises(InvalidInputError, match="Cannot load"):
-        TextEmbedder(str(tmp_path))(["open"])
+
+
+def test_a_local_folder_that_cannot_be_loaded_is_looked_into(clip, tmp_path):
+    with pytest.raises(InvalidInputError, match=r"lacks config\.json; tok.* model\.") as e:
+        TextEmbedder(str(tmp_path / "clip" / ".."))(["open"])
+    assert "hf download" not in str(e.value)
+    shutil.copytree(clip, tmp_path / "some")
+    (tmp_path / "some" / "model.safetensors").unlink()
+    with pytest.raises(InvalidInputError, match=r"The folder lacks model\.safetensors or pyt") as e:
+        TextEmbedder(str(tmp_path / "some"))(["open"])
+    assert "config.json" not in str(e.value).split("The folder lacks")[1]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_in_a_model_folder_is_never_run(clip, tmp_path, monkeypatch, capsys, known):
+    ran = tmp_path / "ran"
+    (clip / "evil.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import CLIPConfig, CLIPModel, CLIPTokenizer\n"
+        "class C(CLIPConfig):\n    pass\n"
+        "class M(CLIPModel):\n    config_class = C\n"
+        "class T(CLIPTokenizer):\n    pass\n"
+    )
+    names = {"AutoConfig": "evil.C", "AutoModel": "evil.M", "AutoTokenizer": ["evil.T", None]}
+    for file in ("config.json", "tokenizer_config.json"):
+        content = json.loads((clip / file).read_text()) | {"auto_map": names}
+        if not known:
+            content |= {"tokenizer_class": "T", "model_type": "unheard_of"}
+        (clip / file).write_text(json.dumps(content))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    if known:
+        assert TextEmbedder(str(clip))(["open the door"]).shape == (1, 12)
+    else:
+        with pytest.raises(InvalidInputError, match="Python code, which is never run") as raised:
+            TextEmbedder(str(clip))(["open the door"])
+        assert "trust_remote_code=True" not in str(raised.value)
+    assert not ran.exists()
+    assert sys.stdin.read() == "y\n" * 9  # nobody asked
+    assert not capsys.readouterr().out
 
 
 def test_without_transformers_the_command_is_given(monkeypatch):
@@ -116,7 +156,7 @@ def test_tasks_are_embedded_by_their_instruction_and_the_length_is_checked(clip)
         TextEmbedder(str(clip))(["open the door"]),
     )
     np.testing.assert_array_equal(named, said)
-    with pytest.raises(InvalidInputError, match=r"gives 12 numbers.*language_dim=12"):
+    with pytest.raises(InvalidInputError, match=r"gives 12 numbers.*--config\.language-dim 12"):
         task_embedder(str(clip), 512)(["open_the_door"])
 
 

@@ -121,6 +121,8 @@ def broken(theirs, kind):
         return theirs | {"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
     if kind == "nan":
         return theirs | {"bn1.bias": torch.full((64,), torch.nan)}
+    if kind == "negative":
+        return theirs | {"bn1.running_var": -theirs["bn1.running_var"]}
     if kind == "integers":
         return theirs | {"bn1.bias": torch.zeros(64, dtype=torch.int64)}
     if kind == "no statistics":
@@ -136,6 +138,7 @@ def broken(theirs, kind):
         ("deeper", "looks like a deeper network"),
         ("shape", r"'layer1\.0\.conv1\.weight' is torch\.float32 \(64, 64, 1, 1\)"),
         ("nan", "'bn1.bias' holds NaN"),
+        ("negative", "'bn1.running_var' holds negative variances"),
         ("integers", "expected floats"),
         ("no statistics", r"use image\.norm='group'"),
         ("another network", "torchvision's names"),
@@ -169,12 +172,23 @@ def test_damaged_absent_and_foreign_files(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"no tensors here")
     torch.save([1, 2], tmp_path / "list.pt")
     for name in ("a.safetensors", "a.pt", "list.pt"):
-        with pytest.raises(CorruptFileError, match=name):
+        with pytest.raises(CorruptFileError, match=name) as raised:
             read_image_weights(tmp_path / name)
+        assert "weights_only" not in str(raised.value)  # PyTorch advises to switch it off
     with pytest.raises(InvalidInputError, match=r"does not exist.*nothing is downloaded"):
         read_image_weights(tmp_path / "b.pt")
     with pytest.raises(InvalidInputError, match=r"ends in \.safetensors"):
         read_image_weights("resnet18.onnx")
+
+
+@pytest.mark.parametrize("keys", [("model", "state_dict"), ("state_dict", "r3m"), ("model", "r3m")])
+@pytest.mark.parametrize("order", [1, -1])
+def test_wrappers_may_be_nested_in_any_order(theirs, tmp_path, keys, order):
+    content = {"conv1.weight": theirs["conv1.weight"]}
+    for key in keys[::order]:
+        content = {key: content}
+    weights = read_image_weights(write(tmp_path / "a.pt", content))
+    assert list(weights.tensors) == ["conv1.weight"]
 
 
 def test_a_prefix_must_be_unique(theirs, tmp_path):
