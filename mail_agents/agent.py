@@ -92,7 +92,7 @@ class Agent(Acting):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "model"))
             self.policy = self.build_policy().to(self.device)
-        #: What :meth:`loss` calls: the policy, or a wrapper that a script puts here.
+        #: What :meth:`loss` calls: the policy, or what wraps it to train in several processes.
         self.training_module: nn.Module = self.policy
         self.ema = EMA(self.policy, config.ema_decay) if config.ema_decay is not None else None
         self.generator = torch.Generator(device=self.device)

@@ -7,14 +7,15 @@ gradients are added up before each update. The batch size of a config is that of
 together, so a run's recipe does not depend on how many there are. Process 0 alone evaluates, prints
 and writes.
 
-Gradients are summed in one piece rather than by ``DistributedDataParallel``, whose pieces change
-after the first update: the order of a sum would then differ between a run and its continuation. The
-policies here are small (a hundred megabytes of gradients at most), so that overlapping the sum with
-the backward pass would gain little.
+The policy is wrapped in ``DistributedDataParallel``, which sums gradients in buckets while the
+backward pass still runs. A sum of two numbers has one order only; with more than two processes, the
+order in which a bucket is summed depends on where its weights lie in it, and that is decided anew
+after the first update of a start: there a resumed run may differ in the last bits.
 """
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mail_agents.artifact import checksum
 from mail_agents.errors import InvalidInputError, MailAgentsError
@@ -150,16 +152,33 @@ class Team:
             )
 
     def begin(self, agent: "Agent") -> None:
-        """Opens the way by which gradients are added up; weights must be equal to begin with.
+        """Wraps the agent's policy so that gradients are summed over processes.
 
         Raises:
-            InvalidInputError: They are not.
+            InvalidInputError: Weights or statistics of the processes differ to begin with.
         """
         if self.size == 1:
             return
         self.check_same("set of weights", checksum(agent.policy.state_dict()))
+        embeddings = agent.task_embeddings
+        self.check_same(
+            "set of statistics",
+            checksum(
+                [
+                    agent.normalizers.state_dict(),
+                    [] if embeddings is None else torch.from_numpy(embeddings),
+                ]
+            ),
+        )
         on_gpu = agent.device.type == "cuda"
         self._group = dist.new_group(backend="nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+        # A static graph may have weights that no loss uses; their gradients stay None.
+        with warnings.catch_warnings():
+            # Later versions of torch name the flag differently, earlier ones know this name alone.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            agent.training_module = DistributedDataParallel(
+                agent.policy, process_group=self._group, broadcast_buffers=False, static_graph=True
+            )
 
     def reseed(self, agent: "Agent") -> None:
         """Gives this process random numbers of its own for the coming update.
@@ -176,36 +195,17 @@ class Team:
         """This process's part of a weight that all processes have parts of."""
         total = torch.tensor(weight, dtype=torch.float64)
         dist.all_reduce(total)
-        return weight / max(float(total), 1.0)
+        return weight / float(total) if total > 0 else 0.0
 
-    def backward(self, agent: "Agent", loss: Tensor, share: float) -> None:
+    def backward(self, loss: Tensor, share: float) -> None:
         """Puts the gradients of the processes' losses, weighted by their shares, into the weights.
 
         Args:
-            agent: Its gradients are None.
             loss: This process's, a scalar.
             share: From :meth:`share`.
         """
-        if self.size == 1:
-            loss.backward()
-            return
-        (loss * share).backward()
-        weights: dict[torch.dtype, list[Tensor]] = {}
-        for weight in agent.policy.parameters():
-            if weight.requires_grad:
-                weights.setdefault(weight.dtype, []).append(weight)
-        for group in weights.values():
-            self._add_up(group)
-
-    def _add_up(self, weights: list[Tensor]) -> None:
-        """Sums gradients over processes; a weight that no process used keeps none."""
-        used = torch.tensor([weight.grad is not None for weight in weights])
-        parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-        flat = torch.cat([*(part.flatten() for part in parts), used.to(parts[0])])
-        dist.all_reduce(flat, group=self._group)
-        *sums, counts = flat.split([*(weight.numel() for weight in weights), len(weights)])
-        for weight, total, count in zip(weights, sums, counts.tolist(), strict=True):
-            weight.grad = total.view_as(weight) if count else None
+        # DistributedDataParallel takes the mean over processes; shares ask for the sum.
+        (loss * share * self.size if self.size > 1 else loss).backward()
 
     def mean(self, values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         """Means over processes of scalars, ``"loss"`` among them, weighted by their shares."""

@@ -35,7 +35,7 @@ def gradients(
         loss, metrics = agent.loss(batch)
     agent.optimizer.zero_grad(set_to_none=True)
     share = 1.0 if team.size == 1 else team.share(agent.loss_weight(batch))
-    team.backward(agent, loss, share)
+    team.backward(loss, share)
     means = team.mean({**metrics, "loss": loss.detach()}, share)
     return means.pop("loss"), means
 
