@@ -6,7 +6,7 @@ first simulator state that they hold.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium
@@ -58,6 +58,7 @@ class Replayed:
         numbers: Largest difference of a number in any observation; None without numbers.
         images: Largest difference of an image; None without images.
         state: Largest difference of a simulator state; None where none was recorded.
+        unseen: Recorded observations that the environment does not have.
     """
 
     index: int
@@ -69,6 +70,7 @@ class Replayed:
     numbers: Difference | None
     images: Difference | None
     state: Difference | None
+    unseen: tuple[str, ...] = ()
 
     @property
     def reproduced(self) -> bool:
@@ -113,6 +115,8 @@ class Replayed:
         ):
             if found is not None:
                 parts.append(f"{name} differ by {found}")
+        if self.unseen:
+            parts.append(f"not compared, the environment lacks them: {', '.join(self.unseen)}")
         return "; ".join(parts) + ("" if self.ok else "  DIFFERS")
 
 
@@ -129,7 +133,7 @@ def replay_dataset(dataset: ArrayDataset, episodes: int) -> Iterator[Replayed]:
     Raises:
         InvalidInputError: A task has no environment or it cannot be made, or an episode has neither
             seed nor simulator states, or an environment refuses its start or an action.
-        FeatureMismatchError: The environment observes something else than was recorded.
+        FeatureMismatchError: An observation or the action has another shape in the environment.
     """
     if episodes < 1:
         raise InvalidInputError(f"{episodes} episodes cannot be replayed; give at least 1.")
@@ -170,7 +174,11 @@ def _make(dataset: ArrayDataset, task: str, chosen: list[int]) -> gymnasium.Env:
         ) from error
     try:
         found = FeatureSpec.from_spaces(env.observation_space, env.action_space)
-        dataset.features.check(found, this="store", that=f"environment of task {task!r}")
+        recorded = dataset.features
+        common = {k: f for k, f in recorded.observations.items() if k in found.observations}
+        replace(recorded, observations=common or recorded.observations).check(
+            found, this="store", that=f"environment of task {task!r}"
+        )
     except MailAgentsError:
         env.close()
         raise
@@ -203,6 +211,7 @@ def _replay(env: gymnasium.Env, episode: Episode, index: int) -> Replayed:
         )
     # Row t of LIBERO's files was observed after action t, row t of ours before it.
     shift = 1 if episode.meta.get("alignment") == "after_action" else 0
+    seen = FeatureSpec.from_spaces(env.observation_space, env.action_space).observations
     worst = {"numbers": _Worst(), "images": _Worst(), "state": _Worst()}
     success: bool | None = None
     steps = 0
@@ -242,4 +251,5 @@ def _replay(env: gymnasium.Env, episode: Episode, index: int) -> Replayed:
         numbers=worst["numbers"].found,
         images=worst["images"].found,
         state=worst["state"].found,
+        unseen=tuple(sorted(episode.observations.keys() - seen.keys())),
     )

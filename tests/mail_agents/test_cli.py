@@ -198,6 +198,8 @@ def test_convert_reads_and_writes_by_format(store, converters, capsys):
         "demo_selection": "mail_legacy",
         "align": "causal",
     }
+    assert cli.main(["data", "convert", "tape:reel/7", "out", "--demos", "0"]) == 0
+    assert converters.pop()[-1] == {"demos": 0}  # for the conversion to refuse
     assert converters == [
         ("read", "reel/7", "out", {}),
         ("write", 3, "mine/reel-v0"),

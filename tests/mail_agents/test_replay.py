@@ -197,12 +197,34 @@ def test_verify_replays_and_its_exit_status_tells(tmp_path, capsys, demos):
     assert cli.main(["data", "verify", str(path), "--replay", "2"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("success;") == 2
-    assert "every replayed episode is reproduced" in printed
+    assert "every replayed episode is repeated within tolerance" in printed
     wrong = [changed(demos[0], actions=-demos[0].actions), demos[1]]
     write_dataset(tmp_path / "bad", wrong, env_specs=json.loads(json.dumps(SPECS)))
     assert cli.main(["data", "verify", str(tmp_path / "bad")]) == 0
     assert cli.main(["data", "verify", str(tmp_path / "bad"), "--replay", "2"]) == 1
     assert "1 of 2 replayed episodes differ" in capsys.readouterr().out
+
+
+def test_verify_tells_an_episode_that_only_ended_as_recorded(tmp_path, capsys):
+    specs = {"grey": {"id": "replay/Drawn-v0", "kwargs": {"error": 9.0}}}
+    write_dataset(tmp_path / "drifts", [drawn(), drawn(start=1.0)], env_specs=specs)
+    assert cli.main(["data", "verify", str(tmp_path / "drifts"), "--replay", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "every replayed episode ended as recorded; 0 of 1 are repeated" in printed
+    assert "drifted" in printed
+
+
+def test_observations_that_the_environment_lacks_are_named_and_the_rest_is_compared():
+    episode = drawn(start=0.0, seed=1)
+    depth = np.zeros((4, 4, 4, 1), np.float32)
+    more = changed(episode, observations={**episode.observations, "depth": depth})
+    (replayed,) = replay_dataset(grey(more), 1)
+    assert replayed.unseen == ("depth",)
+    assert "the environment lacks them: depth" in str(replayed)
+    assert replayed.images is not None
+    only = changed(episode, observations={"depth": depth})
+    with pytest.raises(FeatureMismatchError, match="'depth' is missing"):
+        list(replay_dataset(grey(only), 1))
 
 
 def test_a_meta_world_recording_is_reproduced(tmp_path):

@@ -179,3 +179,10 @@ def test_an_array_that_is_named_but_missing_is_an_error():
     env = RecordEpisodes(Stateful(forget=True))
     with pytest.raises(InvalidInputError, match=r"names 'state' .* but its info has only success"):
         run(env)
+
+
+def test_a_state_that_is_no_vector_of_real_numbers_is_refused():
+    env = Stateful()
+    env.state = np.zeros(3, int)
+    with pytest.raises(InvalidInputError, match=r"info\['state'\] of .*Stateful.*found int64"):
+        run(RecordEpisodes(env))

@@ -180,10 +180,14 @@ class RecordEpisodes(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
             task=self.task,
             seed=self._seed,
             meta=meta,
-            infos={f"{name}s": _rows(name, rows) for name, rows in self._infos.items()},
+            infos={f"{name}s": self._rows(name, rows) for name, rows in self._infos.items()},
         )
 
-
-def _rows(name: str, values: list[np.ndarray]) -> np.ndarray:
-    rows = np.stack(values)
-    return widen_states(rows) if name == "state" else rows
+    def _rows(self, name: str, values: list[np.ndarray]) -> np.ndarray:
+        rows = np.stack(values)
+        if name != "state":
+            return rows
+        try:
+            return widen_states(rows)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"info['state'] of {self.env}: {error}") from error

@@ -4,7 +4,7 @@
 #: says otherwise: the limit of LIBERO's own evaluation (``eval/default.yaml``), in every suite.
 LIBERO_HORIZON = 600
 
-#: The same for robosuite: what robomimic (Mandlekar et al. 2021) gives most of these tasks, at most.
+#: The same for robosuite: what robomimic (Mandlekar et al. 2021) gives most of its tasks, at most.
 ROBOSUITE_HORIZON = 500
 
 #: Tasks of robosuite 1.4 (Zhu et al. 2020) for one arm.

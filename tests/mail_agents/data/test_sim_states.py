@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mail_agents.data.sim_states import STATE_WIDTH, narrow_states, widen_states
+from mail_agents.errors import InvalidInputError
 
 
 @given(st.integers(1, 140), st.integers(1, 4))
@@ -14,9 +15,10 @@ def test_states_come_back_whole(width, rows):
     np.testing.assert_array_equal(narrow_states(wide), states)
 
 
-def test_a_single_state_works_too():
-    state = np.arange(45.0)
-    np.testing.assert_array_equal(narrow_states(widen_states(state)), state)
+@pytest.mark.parametrize("states", [np.zeros((2, 3), int), np.zeros(2), np.zeros((2, 1, 3))])
+def test_other_things_than_rows_of_real_numbers_are_refused(states):
+    with pytest.raises(InvalidInputError, match=rf"found {states.dtype} with shape"):
+        widen_states(states)
 
 
 @pytest.mark.parametrize("column", [3, 44])

@@ -86,11 +86,17 @@ class DemoFiles:
             change(file)
         return path
 
-    def robosuite(self, path: Path, **env_kwargs: Any) -> Path:
+    def robosuite(
+        self,
+        path: Path,
+        env_name: str = "Lift",
+        change: Callable[[h5py.File], Any] = lambda file: None,
+        **env_kwargs: Any,
+    ) -> Path:
         """One file of robomimic: ``obs`` before the action, ``next_obs`` after it."""
         rng = np.random.default_rng(0)
         args = {
-            "env_name": "Lift",
+            "env_name": env_name,
             "type": 1,
             "env_version": "1.4.1",
             "env_kwargs": {
@@ -113,6 +119,7 @@ class DemoFiles:
                 group[f"obs/{key}"], group[f"next_obs/{key}"] = values[:-1], values[1:]
             file["data"].attrs["env_args"] = json.dumps(args)
             file["data"].attrs["total"] = STEPS
+            change(file)
         return path
 
 
@@ -166,7 +173,14 @@ class Arm(gymnasium.Env):
 
     @property
     def env_args(self):
-        return {"type": 1, "env_name": "Libero_Arm", "bddl_file": f"bddl_files/{MILK}.bddl"}
+        # As a world made without cameras says it, which the recording was not.
+        kwargs = {"control_freq": 20, "camera_names": ["birdview"], "camera_heights": 128}
+        return {
+            "type": 1,
+            "env_name": "Libero_Arm",
+            "bddl_file": f"bddl_files/{MILK}.bddl",
+            "env_kwargs": kwargs,
+        }
 
     @property
     def problem_info(self):

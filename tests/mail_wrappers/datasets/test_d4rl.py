@@ -799,10 +799,10 @@ def test_the_command(
 ) -> None:
     from importlib.metadata import EntryPoint
 
-    from mail_agents import cli
+    from mail_agents import cli, data_cli
 
     points = [
-        EntryPoint(name, f"mail_wrappers.datasets.d4rl:{function}", cli.CONVERTERS)
+        EntryPoint(name, f"mail_wrappers.datasets.d4rl:{function}", data_cli.CONVERTERS)
         for name, function in (("d4rl", "convert_d4rl"), ("to-d4rl", "write_d4rl"))
     ]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)

@@ -80,7 +80,17 @@ def test_a_recording_is_written_in_liberos_layout(tmp_path, demo_files, arm):
         data = file["data"]
         assert (data.attrs["num_demos"], data.attrs["total"]) == (2, dataset.info.n_steps)
         assert data.attrs["env_name"] == "Libero_Arm"
-        assert json.loads(data.attrs["env_args"])["type"] == 1
+        args = json.loads(data.attrs["env_args"])
+        assert args["type"] == 1
+        assert args["env_kwargs"] == {
+            "use_camera_obs": True,
+            "has_offscreen_renderer": True,
+            "camera_depths": False,
+            "camera_names": ["agentview", "robot0_eye_in_hand"],
+            "camera_heights": 8,
+            "camera_widths": 8,
+            "control_freq": 20,
+        }
         assert json.loads(data.attrs["problem_info"]) == {"problem_name": "arm"}
         assert data.attrs["bddl_file_content"] == "(define arm)"
         assert data.attrs["bddl_file_name"] == f"bddl_files/{demo_files.milk}.bddl"
@@ -164,6 +174,9 @@ def test_robot_states_have_the_hands_quaternion(demo_files, arm):
 
 def test_a_file_of_robomimic_comes_back_array_by_array(tmp_path, demo_files, monkeypatch):
     path = demo_files.robosuite(tmp_path / "in" / "image.hdf5")
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["names"] = np.array(["a", "bc"], h5py.string_dtype())
+        file["data"].attrs["gains"] = np.arange(3.0)
     dataset = convert_demos(path, tmp_path / "store")
 
     class Lift(gymnasium.Env):
@@ -178,6 +191,8 @@ def test_a_file_of_robomimic_comes_back_array_by_array(tmp_path, demo_files, mon
     assert contents(written) == contents(path)
     with h5py.File(written) as file, h5py.File(path) as original:
         assert file["data"].attrs["env_args"] == original["data"].attrs["env_args"]
+        assert file["data"].attrs["names"].tolist() == ["a", "bc"]
+        assert file["data"].attrs["gains"].tolist() == [0, 1, 2]
         assert file["data/demo_0"].attrs["model_file"] == "<mujoco/>"
     back = convert_demos(written, tmp_path / "back")
     assert back.info.env_specs == dataset.info.env_specs
@@ -267,6 +282,56 @@ def test_two_tasks_of_one_file_name_and_mixed_alignments_are_refused(tmp_path, p
     after = Episode(**{**parts, "meta": {"alignment": "after_action"}})
     with pytest.raises(InvalidInputError, match="Write two datasets"):
         write_robomimic(MemoryDataset([episode, after]), tmp_path / "out")
+
+
+def test_a_recording_without_images_does_not_claim_cameras(tmp_path, demo_files, arm):
+    _, episodes = record(arm, demo_files.milk)
+    blind = [
+        Episode(
+            **{
+                **vars(episode),
+                "observations": {k: v for k, v in episode.observations.items() if v.ndim == 2},
+            }
+        )
+        for episode in episodes
+    ]
+    spec = {demo_files.milk: {"id": f"mail_envs:libero_object/{demo_files.milk}"}}
+    with pytest.warns(UserWarning, match=r"has no images.*--cameras"):
+        folder = write_libero(MemoryDataset(blind, "blind", spec), tmp_path / "out")
+    with h5py.File(folder / f"{demo_files.milk}_demo.hdf5") as file:
+        kwargs = json.loads(file["data"].attrs["env_args"])["env_kwargs"]
+    assert kwargs["camera_names"] == []
+    assert (kwargs["use_camera_obs"], kwargs["has_offscreen_renderer"]) == (False, False)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_an_error_of_the_world_is_not_one_of_the_disk(
+    tmp_path, demo_files, arm, monkeypatch, error
+):
+    dataset, _ = record(arm, demo_files.milk)
+
+    def fail(*_):
+        raise error("mesh")
+
+    monkeypatch.setattr(type(arm()), "model_xml", fail)
+    with pytest.raises(InvalidInputError, match=r"Episode 0 cannot be started again .* mesh"):
+        write_libero(dataset, tmp_path / "out")
+    monkeypatch.setattr(type(dataset), "episode", fail)
+    with pytest.raises(error, match=r"^mesh"):
+        write_libero(dataset, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_disk_that_fills_up_while_writing_is_told(tmp_path, demo_files, arm, monkeypatch):
+    dataset, _ = record(arm, demo_files.milk)
+
+    def full(*_):
+        raise OSError("No space left")
+
+    monkeypatch.setattr(h5py.Group, "__setitem__", full)
+    with pytest.raises(StorageError, match="nothing was put there: No space left"):
+        write_libero(dataset, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, demo_files, arm, monkeypatch):

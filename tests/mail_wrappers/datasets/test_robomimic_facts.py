@@ -17,6 +17,7 @@ from mail_agents.errors import (
 )
 from mail_wrappers.datasets.robomimic import convert_demos, read_demos
 from mail_wrappers.datasets.robomimic_facts import UnknownWorldWarning
+from mail_wrappers.worlds import OSC_POSE
 
 
 def test_a_published_file_of_libero_names_its_world_and_how_it_sees(tmp_path, demo_files):
@@ -29,6 +30,7 @@ def test_a_published_file_of_libero_names_its_world_and_how_it_sees(tmp_path, de
         "cameras": ["agentview", "eye_in_hand"],
         "image_size": 8,
         "orientation": "raw",
+        "render_quality": "stock",
     }
     assert gymnasium.envs.registration.EnvSpec.from_json(json.dumps(spec)).id == spec["id"]
     features = dataset.features.observations
@@ -112,7 +114,12 @@ def test_a_file_of_robomimic_names_robosuites_world(tmp_path, demo_files):
     assert dataset.info.tasks == ("Lift",)
     spec = dataset.info.env_specs["Lift"]
     assert (spec["id"], spec["max_episode_steps"]) == ("mail_envs:robosuite/Lift", 500)
-    assert spec["kwargs"] == {"cameras": ["agentview"], "image_size": 8, "orientation": "upright"}
+    assert spec["kwargs"] == {
+        "cameras": ["agentview"],
+        "image_size": 8,
+        "orientation": "upright",
+        "render_quality": "stock",
+    }
     assert dataset.features.observations["agentview_image"].orientation == "upright"
     assert dataset.episode(0).meta.get("alignment") is None
     with pytest.raises(InvalidInputError, match=r"before the actions already.*--align causal"):
@@ -125,12 +132,77 @@ def test_a_file_of_robomimic_names_robosuites_world(tmp_path, demo_files):
         ({"robots": ["Panda", "Panda"]}, "recorded with Panda, Panda"),
         ({"controller_configs": {"type": "JOINT_POSITION"}}, "not those of the controller"),
         ({"controller_configs": {"type": "OSC_POSE", "control_delta": False}}, "absolute poses"),
+        (
+            {"controller_configs": {"type": "OSC_POSE", "kp": 50}},
+            "kp of its controller is 50, .*150",
+        ),
+        ({"controller_configs": {"damping": 2}}, "damping_ratio of its controller is 2"),
+        ({"controller_configs": {"output_max": [1] * 6}}, r"output_max .* is \[1, .*0\.05"),
+        ({"controller_configs": {"input_min": [-1, -2]}}, "input_min"),
+        ({"controller_configs": {"impedance_mode": "variable"}}, "impedance_mode"),
+        ({"controller_configs": {"body_parts": {"right": {"input_type": "absolute"}}}}, "absolute"),
+        ({"controller_configs": "osc"}, "arm controller is 'osc'"),
+        ({"control_freq": 10}, "control_freq is 10, here it is 20"),
+        ({"env_name": "ToolHang"}, "no single-arm task 'ToolHang'"),
+        ({"env_name": "Stack_D0"}, "no single-arm task 'Stack_D0'"),
     ],
 )
 def test_robosuite_files_that_no_world_here_matches_say_so(tmp_path, demo_files, kwargs, message):
     path = demo_files.robosuite(tmp_path / "lift.hdf5", **kwargs)
     with pytest.warns(UnknownWorldWarning, match=message):
         assert convert_demos(path, tmp_path / "store").info.env_specs == {}
+
+
+@pytest.mark.parametrize(
+    "controller",
+    [
+        {**OSC_POSE, "kp": [150] * 6, "output_max": OSC_POSE["output_max"], "input_max": [1] * 6},
+        {"type": "BASIC", "body_parts": {"right": {"type": "OSC_POSE", "input_type": "delta"}}},
+        [{"type": "OSC_POSE", "damping": 1}],
+    ],
+)
+def test_the_controller_of_robosuite_is_recognised(tmp_path, demo_files, controller, recwarn):
+    path = demo_files.robosuite(
+        tmp_path / "lift.hdf5", controller_configs=controller, control_freq=20
+    )
+    assert "Lift" in convert_demos(path, tmp_path / "store").info.env_specs
+    assert not recwarn.list
+
+
+def test_observations_beyond_the_usual_ones_are_asked_of_robosuite(tmp_path, demo_files):
+    def add(file: h5py.File) -> None:
+        for group in ("obs", "next_obs"):
+            file[f"data/demo_0/{group}/robot0_joint_vel"] = np.zeros((demo_files.steps, 7))
+
+    path = demo_files.robosuite(tmp_path / "low_dim.hdf5", change=add)
+    spec = convert_demos(path, tmp_path / "store").info.env_specs["Lift"]
+    assert spec["kwargs"]["full_state"] is True
+
+
+def test_files_of_one_task_that_differ_are_refused(tmp_path, demo_files):
+    demo_files.robosuite(tmp_path / "in" / "ph.hdf5")
+    demo_files.robosuite(tmp_path / "in" / "mh.hdf5")
+    assert len(convert_demos(tmp_path / "in", tmp_path / "a")) == 2
+    demo_files.robosuite(tmp_path / "in" / "mh.hdf5", reward_shaping=True)
+    with pytest.raises(FeatureMismatchError, match=r"mh.*ph.*'Lift'.*attributes of data"):
+        convert_demos(tmp_path / "in", tmp_path / "b")
+
+
+def test_array_attributes_are_kept(tmp_path, demo_files):
+    attributes = {"cameras": np.array([b"a", b"b"]), "gains": np.array([[1.5, 2.0]]), "n": 3}
+    path = demo_files.robosuite(
+        tmp_path / "lift.hdf5", change=lambda f: f["data"].attrs.update(attributes)
+    )
+    kept = convert_demos(path, tmp_path / "store").info.source["attributes"]["Lift"]
+    assert (kept["cameras"], kept["gains"], kept["n"]) == (["a", "b"], [[1.5, 2.0]], 3)
+
+
+@pytest.mark.parametrize("demos", [0, -1, 3])
+def test_a_number_of_demonstrations_that_no_file_has(tmp_path, demo_files, demos):
+    path = demo_files.libero(tmp_path / f"{demo_files.milk}_demo.hdf5")
+    with pytest.raises(InvalidInputError, match=f"{demos} demonstrations") as caught:
+        convert_demos(path, tmp_path / "store", demos=demos)
+    assert str(path) in str(caught.value)
 
 
 def test_a_bddl_file_of_ones_own_has_no_world(tmp_path, demo_files):
@@ -171,7 +243,40 @@ def images(size: int, dtype: Any = np.uint8, wide: int = 0) -> np.ndarray:
         (replace("obs/agentview_rgb", images(8, np.float32)), "expected images uint8"),
         (replace("obs/agentview_rgb", np.zeros((7, 8, 8), np.uint8)), "expected images uint8"),
         (lambda f: [f["data"].pop(k) for k in list(f["data"])], "it has no demonstrations"),
-        (lambda f: f["data/demo_1"].attrs.update(num_samples=9), "num_samples .* is 9"),
+        (
+            lambda f: f["data/demo_1"].attrs.update(num_samples=9),
+            "num_samples .* is 9, but there are 7",
+        ),
+        (
+            lambda f: f["data/demo_1"].attrs.update(num_samples="x"),
+            "num_samples of /data/demo_1 is x",
+        ),
+        (lambda f: f["data"].attrs.update(num_demos=50), "num_demos of /data is 50, .* 2 demonst"),
+        (lambda f: f["data"].attrs.update(total=15), "total of /data is 15, .* 14 steps"),
+        (
+            lambda f: f["data"].attrs.update(mail_agents='{"features": 3}'),
+            "'mail_agents' .* damaged",
+        ),
+        (
+            lambda f: f["data"].attrs.update(mail_agents='{"alignment": "foo"}'),
+            "alignment is 'foo'",
+        ),
+        (lambda f: f["data"].attrs.update(mail_agents='{"episodes": [1]}'), "episodes is"),
+        (
+            lambda f: f["data"].attrs.update(mail_agents='{"episodes": {"demo_0": 1}}'),
+            "has 1 for demo_0",
+        ),
+        (lambda f: f["data"].attrs.update(env_args='{"env_kwargs": 3}'), "env_kwargs .*'env_args'"),
+        (
+            lambda f: f["data/demo_1/obs"].pop("ee_pos"),
+            "demo_1/obs/ee_pos is missing, .* in demo_0",
+        ),
+        (
+            lambda f: f.copy("data/demo_1/obs/ee_pos", "data/demo_1/obs/x"),
+            "demo_1/obs/x is .*missing",
+        ),
+        (replace("states", np.zeros((7, 5), int)), "demo_0/states: .*float vectors.* int64"),
+        (replace("states", np.zeros(7)), r"demo_0/states: .*shape \(\) per step"),
         (lambda f: f["data"].attrs.update(env_args="{"), "'env_args' of /data is not a JSON"),
         (lambda f: f["data"].attrs.update(env_args="[]"), "it holds a list"),
         (lambda f: f["data/demo_1"].attrs.update(model_file="<a>"), "not a MuJoCo model"),

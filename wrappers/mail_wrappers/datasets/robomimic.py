@@ -6,7 +6,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import h5py
 import numpy as np
@@ -61,9 +61,13 @@ def read_demos(
         InvalidInputError: There are no files, fewer demonstrations than asked for, or causal
             alignment is asked of files that have it already.
     """
-    if align not in ("stored", "causal"):
-        raise InvalidInputError(f"Alignment {align!r} is unknown; use 'stored' or 'causal'.")
+    _check_align(align)
     return _episodes(survey(source, demos, selection), align)
+
+
+def _check_align(align: str) -> None:
+    if align not in get_args(Align):
+        raise InvalidInputError(f"Alignment {align!r} is unknown; use 'stored' or 'causal'.")
 
 
 def _episodes(files: Sequence[FileFacts], align: Align) -> Iterator[Episode]:
@@ -113,8 +117,7 @@ def convert_demos(
         FeatureMismatchError: See :func:`read_demos`.
         InvalidInputError: See :func:`read_demos`; or the output exists.
     """
-    if align not in ("stored", "causal"):
-        raise InvalidInputError(f"Alignment {align!r} is unknown; use 'stored' or 'causal'.")
+    _check_align(align)
     files = survey(source, demos, demo_selection)
     chosen = {"demos": demos, "demo_selection": demo_selection, "align": align}
     return write_dataset(
@@ -154,6 +157,7 @@ def _read_demo(facts: FileFacts, group: h5py.Group, key: str, align: Align) -> E
     actions = rf.array(path, group, "actions")
     length = len(actions)
     observed = rf.observations(path, group, "obs", length)
+    _check_keys(facts, group, observed)
     repeated = "next_obs" not in group
     final = observed if repeated else rf.observations(path, group, "next_obs", length)
     if final.keys() != observed.keys():
@@ -167,13 +171,16 @@ def _read_demo(facts: FileFacts, group: h5py.Group, key: str, align: Align) -> E
     meta: dict[str, Any] = {**known.get("meta", {}), "source_id": f"{stem(path)}/{key}"}
     if "rewards" in group:
         meta.setdefault("success", bool((rewards > 0).any()))
-    _check_samples(path, group, length)
+    rf.check_count(path, group, "num_samples", length, "actions")
     placed = rf.fixtures(path, group) if facts.libero else {}
     if placed:
         meta["fixtures"] = placed
     infos = {n: rf.array(path, group, n, length) for n in (_BEFORE, _BESIDE) if n in group}
     if _BEFORE in infos:
-        infos[_BEFORE] = widen_states(infos[_BEFORE])
+        try:
+            infos[_BEFORE] = widen_states(infos[_BEFORE])
+        except InvalidInputError as error:
+            raise CorruptFileError(f"{path}: {group.name}/{_BEFORE}: {error}") from error
     if align == "causal":
         if length < 2:
             raise CorruptFileError(
@@ -205,10 +212,14 @@ def _read_demo(facts: FileFacts, group: h5py.Group, key: str, align: Align) -> E
     )
 
 
-def _check_samples(path: Path, group: h5py.Group, length: int) -> None:
-    stated = group.attrs.get("num_samples")
-    if stated is not None and int(stated) != length:
-        raise CorruptFileError(
-            f"{path}: attribute num_samples of {group.name} is {int(stated)}, but its actions have "
-            f"{length} rows. The file was written incompletely; get it again."
-        )
+def _check_keys(facts: FileFacts, group: h5py.Group, observed: dict[str, np.ndarray]) -> None:
+    """Names the demonstration that observes something else than the first one of its file."""
+    expected = facts.features.observations
+    for key in sorted(expected.keys() | observed.keys()):
+        here = f"{observed[key].shape[1:]} per step" if key in observed else "missing"
+        there = f"{expected[key].shape} per step" if key in expected else "missing"
+        if here != there:
+            raise CorruptFileError(
+                f"{facts.path}: {group.name}/obs/{key} is {here}, but {there} in "
+                f"{facts.demos[0]}. Demonstrations of one dataset must agree; correct or delete it."
+            )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -79,25 +80,53 @@ def _write(dataset: TrajectoryDataset, output: Path, *, libero: bool) -> Path:
         raise InvalidInputError(f"{output} exists already. Choose another folder or delete it.")
     _check_keys(dataset.features)
     names = _file_names(dataset)
+    needed = _bytes(dataset, libero)
     partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _check_space(partial, dataset, libero)
+        with _storing(output):
+            partial.mkdir(parents=True)
+            _check_space(partial, needed)
         for task, name in names.items():
-            with h5py.File(partial / name, "w") as file:
-                _TaskFile(dataset, task, libero).write(file)
-        if output.is_dir():
-            output.rmdir()
-        os.rename(partial, output)
+            with _created(partial / name, output) as file:
+                _TaskFile(dataset, task, libero, output).write(file)
+        with _storing(output):
+            if output.is_dir():
+                output.rmdir()
+            os.rename(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if libero and not dataset.features.of_kind("image"):
+        warnings.warn(
+            "The dataset has no images, which LIBERO's own code expects in its files. Record with "
+            "--cameras to write files that it can train on.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return output
+
+
+@contextlib.contextmanager
+def _storing(output: Path) -> Iterator[None]:
+    """Explains errors of the file system; nothing but writing may be inside."""
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # HDF5 raises either when the disk is full
         raise StorageError(
             f"Cannot write {output}, nothing was put there: {error}. Free space or choose another "
             "place, then run the command again."
         ) from error
+
+
+@contextlib.contextmanager
+def _created(path: Path, output: Path) -> Iterator[h5py.File]:
+    with _storing(output):
+        file = h5py.File(path, "w")
+    try:
+        yield file
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return output
+        with _storing(output):
+            file.close()
 
 
 def _check_keys(features: FeatureSpec) -> None:
@@ -127,11 +156,15 @@ def _file_names(dataset: TrajectoryDataset) -> dict[str | None, str]:
     return names
 
 
-def _check_space(folder: Path, dataset: TrajectoryDataset, libero: bool) -> None:
-    """Refuses early: HDF5 may crash the interpreter after running out of space."""
+def _bytes(dataset: TrajectoryDataset, libero: bool) -> int:
+    """About how many the files take at most."""
     episode = dataset.episode(0)
     rows = sum(values.nbytes for values in episode.observations.values()) * (1 if libero else 2)
-    needed = rows * dataset.info.n_steps // len(episode)
+    return rows * dataset.info.n_steps // len(episode)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Refuses early: HDF5 may crash the interpreter after running out of space."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"up to {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
@@ -140,10 +173,12 @@ def _check_space(folder: Path, dataset: TrajectoryDataset, libero: bool) -> None
 class _TaskFile:
     """Everything that goes into the file of one task."""
 
-    def __init__(self, dataset: TrajectoryDataset, task: str | None, libero: bool) -> None:
+    def __init__(
+        self, dataset: TrajectoryDataset, task: str | None, libero: bool, output: Path
+    ) -> None:
         info = dataset.info
         index = -1 if task is None else info.tasks.index(task)
-        self.dataset, self.task, self.libero = dataset, task, libero
+        self.dataset, self.task, self.libero, self.output = dataset, task, libero, output
         self.numbers = np.flatnonzero(dataset.task_ids == index).tolist()
         self.spec: Mapping[str, Any] = info.env_specs.get(task, {}) if task is not None else {}
         self.recorded_with = recording_kwargs(info.source, task)
@@ -156,9 +191,7 @@ class _TaskFile:
                 f"LIBERO's files belong to LIBERO's environments; that of task {task!r} is {named}."
                 " Write robomimic's layout instead: 'mail-agents data convert STORE robomimic:DIR'."
             )
-        raw = (
-            str(self.spec.get("id", "")).startswith(_SIMULATED[0]) or "bddl_file_name" in self.kept
-        )
+        raw = of_libero or "bddl_file_name" in self.kept
         self.orientation: Orientation = "raw" if raw else "upright"
         self.alignment = _alignment(dataset, self.numbers, task)
 
@@ -166,23 +199,34 @@ class _TaskFile:
         data = file.create_group("data")
         notes, total = {}, 0
         with self._environment() as env:
-            data.attrs.update(self._attributes(env))
+            self._put(data, self._attributes(env))
             for number, index in enumerate(self.numbers):
                 episode = self.dataset.episode(index)
-                demo = data.create_group(f"demo_{number}")
-                demo.attrs["num_samples"] = len(episode)
+                attributes: dict[str, Any] = {"num_samples": len(episode)}
                 if env is not None:
-                    demo.attrs["model_file"] = self._model(env, index, episode)
+                    attributes["model_file"] = self._model(env, index, episode)
+                arrays = self._libero(index, episode) if self.libero else self._robomimic(episode)
                 if self.libero:
-                    self._write_libero(demo, index, episode)
-                else:
-                    self._write_robomimic(demo, episode)
+                    attributes["init_state"] = arrays["states"][0]
+                self._put(data.require_group(f"demo_{number}"), attributes, arrays)
                 total += len(episode)
                 meta = {k: v for k, v in episode.meta.items() if k not in _DERIVED}
                 notes[f"demo_{number}"] = {"seed": episode.seed, "meta": meta}
-        data.attrs["num_demos"] = len(self.numbers)
-        data.attrs["total"] = total
-        data.attrs[EXTRAS] = json.dumps(self._extras(notes))
+        counts = {"num_demos": len(self.numbers), "total": total}
+        self._put(data, {**counts, EXTRAS: json.dumps(self._extras(notes))})
+
+    def _put(
+        self,
+        group: h5py.Group,
+        attributes: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        with _storing(self.output):
+            for name, value in attributes.items():
+                texts = isinstance(value, list) and np.asarray(value).dtype.kind == "U"
+                group.attrs[name] = np.array(value, h5py.string_dtype()) if texts else value
+            for name, array in (arrays or {}).items():
+                group[name] = array
 
     @contextlib.contextmanager
     def _environment(self) -> Iterator[gymnasium.Env | None]:
@@ -210,19 +254,43 @@ class _TaskFile:
                 f"Episode {index} has neither a seed nor simulator states, so its simulator model "
                 "cannot be restored. Record it again with RecordEpisodes or scripts/collect.py."
             )
-        env.reset(**start)
-        return str(env.get_wrapper_attr("model_xml")())
+        try:
+            env.reset(**start)
+            return str(env.get_wrapper_attr("model_xml")())
+        except Exception as error:  # simulators raise anything
+            raise InvalidInputError(
+                f"Episode {index} cannot be started again in {self.spec['id']!r}, which gives its "
+                f"simulator model: {error}"
+            ) from error
 
     def _attributes(self, env: gymnasium.Env | None) -> dict[str, Any]:
         if self.libero and env is not None and "bddl_file_content" not in self.kept:
-            return {**_libero_attributes(env), **self.kept}
+            return {**_libero_attributes(env, self._cameras()), **self.kept}
         if self.kept or not self.spec:
             return dict(self.kept)
         if env is not None:
-            return {"env_args": json.dumps(dict(env.get_wrapper_attr("env_args")))}
+            return {"env_args": json.dumps(_env_args(env, self._cameras()))}
         kwargs = dict(self.spec.get("kwargs") or {})
         gym = {"env_name": self.spec["id"], "type": GYM, "env_kwargs": kwargs}
         return {"env_args": json.dumps(gym)}
+
+    def _cameras(self) -> dict[str, Any]:
+        """What ``env_kwargs`` of ``env_args`` say of the images of this file."""
+        images = self.dataset.features.of_kind("image")
+        depths = any(key.endswith("_depth") for key in self.dataset.features.observations)
+        cameras: dict[str, Any] = {
+            "use_camera_obs": bool(images),
+            "has_offscreen_renderer": bool(images),
+            "camera_depths": depths,
+        }
+        if not images:
+            return {**cameras, "camera_names": []}
+        names = [key.removesuffix("_rgb").removesuffix("_image") for key in images]
+        # LIBERO calls its wrist camera by another name in observations.
+        names = ["robot0_eye_in_hand" if name == "eye_in_hand" else name for name in names]
+        height, width = next(iter(images.values())).shape[:2]
+        sizes = {"camera_heights": height, "camera_widths": width}
+        return {**cameras, "camera_names": names, **sizes}
 
     def _extras(self, notes: Mapping[str, Any]) -> dict[str, Any]:
         features = self.dataset.features
@@ -248,7 +316,7 @@ class _TaskFile:
             "episodes": notes,
         }
 
-    def _write_libero(self, demo: h5py.Group, index: int, episode: Episode) -> None:
+    def _libero(self, index: int, episode: Episode) -> dict[str, np.ndarray]:
         length = len(episode)
         if "states" not in episode.infos:
             raise InvalidInputError(
@@ -263,28 +331,31 @@ class _TaskFile:
         first = 0 if self.alignment == "after_action" else 1
         rows = slice(first, first + length)
         states = narrow_states(episode.infos["states"])[:length]
-        demo["actions"] = episode.actions.astype(np.float64)
-        demo["states"] = states
-        demo["robot_states"] = _robot_states(index, episode)[rows]
-        demo["rewards"] = episode.rewards.astype(np.uint8)
-        demo["dones"] = episode.terminations.astype(np.uint8)
-        demo.attrs["init_state"] = states[0]
-        for key, values in episode.observations.items():
-            demo[f"obs/{key}"] = self._turned(key, values[rows])
+        return {
+            "actions": episode.actions.astype(np.float64),
+            "states": states,
+            "robot_states": _robot_states(index, episode)[rows],
+            "rewards": episode.rewards.astype(np.uint8),
+            "dones": episode.terminations.astype(np.uint8),
+            **{f"obs/{k}": self._turned(k, v[rows]) for k, v in episode.observations.items()},
+        }
 
-    def _write_robomimic(self, demo: h5py.Group, episode: Episode) -> None:
+    def _robomimic(self, episode: Episode) -> dict[str, np.ndarray]:
         length = len(episode)
-        demo["actions"] = episode.actions
-        demo["rewards"] = episode.rewards
-        demo["dones"] = episode.terminations.astype(np.int64)
+        arrays = {
+            "actions": episode.actions,
+            "rewards": episode.rewards,
+            "dones": episode.terminations.astype(np.int64),
+        }
         for name in ("states", "robot_states"):
             if name in episode.infos:
-                demo[name] = narrow_states(episode.infos[name])[:length]
+                arrays[name] = narrow_states(episode.infos[name])[:length]
         for key, values in episode.observations.items():
             values = self._turned(key, values)
-            demo[f"obs/{key}"] = values[:-1]
+            arrays[f"obs/{key}"] = values[:-1]
             if episode.meta.get("final_observation") != "repeated":
-                demo[f"next_obs/{key}"] = values[1:]
+                arrays[f"next_obs/{key}"] = values[1:]
+        return arrays
 
     def _turned(self, key: str, values: np.ndarray) -> np.ndarray:
         feature = self.dataset.features.observations[key]
@@ -300,8 +371,14 @@ class _TaskFile:
         return turn_images(values, feature.orientation, self.orientation)
 
 
-def _libero_attributes(env: gymnasium.Env) -> dict[str, str]:
+def _env_args(env: gymnasium.Env, cameras: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment's, which was made without cameras, with those of the recording."""
     args = dict(env.get_wrapper_attr("env_args"))
+    return {**args, "env_kwargs": {**args.get("env_kwargs", {}), **cameras}}
+
+
+def _libero_attributes(env: gymnasium.Env, cameras: Mapping[str, Any]) -> dict[str, str]:
+    args = _env_args(env, cameras)
     path = Path(env.get_wrapper_attr("bddl_path"))
     return {
         "env_name": str(args["env_name"]),

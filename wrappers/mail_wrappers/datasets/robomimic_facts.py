@@ -10,25 +10,44 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import h5py
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from mail_agents.data.dataset import select_demos
-from mail_agents.errors import CorruptFileError, FeatureMismatchError
+from mail_agents.errors import CorruptFileError, FeatureMismatchError, InvalidInputError
 from mail_agents.features import Feature, FeatureSpec, Orientation
 from mail_wrappers.datasets import robomimic_file as rf
 from mail_wrappers.datasets.libero_names import suite_of
+from mail_wrappers.worlds import (
+    LIBERO_HORIZON,
+    OSC_POSE,
+    ROBOSUITE_CONTROL_HZ,
+    ROBOSUITE_HORIZON,
+    ROBOSUITE_TASKS,
+)
 
 Selection = Literal["first", "mail_legacy"]
 Alignment = Literal["after_action", "before_action"]
 
 DEMO_SUFFIX = "_demo"
 ROBOSUITE, GYM = 1, 2
-#: Step limits of the environments, see ``mail_envs``.
-_LIBERO_STEPS, _ROBOSUITE_STEPS = 600, 500
+
+
+#: Observations of robomimic that robosuite's environments here have when asked for.
+FULL_STATE = {
+    "robot0_eef_vel_lin",
+    "robot0_eef_vel_ang",
+    "robot0_gripper_qvel",
+    "robot0_joint_pos_cos",
+    "robot0_joint_pos_sin",
+    "robot0_joint_vel",
+}
+
+
+_TASK_FACTS = {"attributes": "attributes of data", "env_spec": "environments"}
 
 
 class UnknownWorldWarning(UserWarning):
@@ -82,7 +101,21 @@ def survey(
                 f"{other.name} and {facts.path.name} have the same name but for the ending, so "
                 "their demonstrations cannot be told apart. Rename one of them."
             )
+    _check_tasks(found)
     return found
+
+
+def _check_tasks(files: list[FileFacts]) -> None:
+    """Refuses files of one task of which a dataset could describe one only."""
+    seen: dict[str, FileFacts] = {}
+    for facts in files:
+        other = seen.setdefault(facts.task, facts) if facts.task else facts
+        for name in ("attributes", "env_spec"):
+            if getattr(other, name) != getattr(facts, name):
+                raise FeatureMismatchError(
+                    f"{other.path} and {facts.path} are both of task {facts.task!r}, but differ in "
+                    f"their {_TASK_FACTS[name]}. Convert them into two datasets."
+                )
 
 
 def stem(path: Path) -> str:
@@ -96,9 +129,17 @@ def _facts(path: Path, demos: int | None, selection: Selection) -> FileFacts:
         if not len(data):
             raise CorruptFileError(f"{path}: {data.name} is empty, it has no demonstrations.")
         env_args = rf.json_attribute(path, data, "env_args")
-        extras = rf.json_attribute(path, data, rf.EXTRAS)
+        if not isinstance(env_args.get("env_kwargs"), dict | None):
+            raise CorruptFileError(
+                f"{path}: env_kwargs in attribute 'env_args' of {data.name} is not a JSON object."
+            )
+        extras = _extras(path, data)
         attributes = rf.attributes(data)
-        keys = tuple(select_demos(list(data), demos, selection))
+        _check_counts(path, data)
+        try:
+            keys = tuple(select_demos(list(data), demos, selection))
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{path}: {error}") from error
         first = rf.child(path, data, keys[0])
         bddl = str(attributes.get("bddl_file_name") or env_args.get("bddl_file") or "")
         suite = suite_of(stem(path), f"{bddl} {path.absolute().parent.name}")
@@ -132,6 +173,41 @@ def _facts(path: Path, demos: int | None, selection: Selection) -> FileFacts:
     )
 
 
+def _extras(path: Path, data: h5py.Group) -> dict[str, Any]:
+    """The attribute of :mod:`~mail_wrappers.datasets.robomimic_export`; {} without.
+
+    Raises:
+        CorruptFileError: It is not what that module writes.
+    """
+    extras = rf.json_attribute(path, data, rf.EXTRAS)
+    kinds = {"task": str, "env_spec": dict, "env_kwargs": dict, "episodes": dict}
+    try:
+        for name, kind in kinds.items():
+            if not isinstance(extras.get(name), kind | None):
+                raise TypeError(f"{name} is {extras[name]!r}")
+        if extras.get("alignment") not in (None, *get_args(Alignment)):
+            raise ValueError(f"alignment is {extras['alignment']!r}")
+        if "features" in extras:
+            extras["features"] = FeatureSpec.from_dict(extras["features"])
+        for key, known in extras.get("episodes", {}).items():
+            if not isinstance(known, dict) or not isinstance(known.get("meta", {}), dict):
+                raise TypeError(f"episodes has {known!r} for {key}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{path}: attribute {rf.EXTRAS!r} of {data.name} is damaged "
+            f"({type(error).__name__}: {error}). Get the file again, or delete the attribute: the "
+            "demonstrations can be read without it."
+        ) from error
+    return extras
+
+
+def _check_counts(path: Path, data: h5py.Group) -> None:
+    rf.check_count(path, data, "num_demos", len(data), "demonstrations")
+    if "total" in data.attrs:
+        rows = [len(rf.dataset(path, rf.child(path, data, key), "actions")) for key in data]
+        rf.check_count(path, data, "total", sum(rows), "steps")
+
+
 def _features(
     path: Path, demo: h5py.Group, extras: Mapping[str, Any], orientation: Orientation | None
 ) -> FeatureSpec:
@@ -145,7 +221,7 @@ def _features(
         {key: describe(demo["obs"], key) for key in keys}, describe(demo, "actions")
     )
     if "features" in extras:
-        declared = FeatureSpec.from_dict(extras["features"])
+        declared: FeatureSpec = extras["features"]
         if _layout(declared) == _layout(found):
             return declared
     return found
@@ -185,7 +261,7 @@ def _spec(env_id: str, kwargs: dict[str, Any], steps: int | None) -> dict[str, A
 
 
 def _camera_kwargs(path: Path, features: FeatureSpec, ending: str) -> dict[str, Any]:
-    """``cameras``, ``image_size`` and ``orientation`` that make an environment match the file."""
+    """Keyword arguments of cameras that make an environment draw what the file holds."""
     images = features.of_kind("image")
     if not images:
         return {"cameras": []}
@@ -200,7 +276,12 @@ def _camera_kwargs(path: Path, features: FeatureSpec, ending: str) -> dict[str, 
             )
     cameras = [key.removesuffix(ending) for key in images]
     orientation = next(iter(images.values())).orientation
-    return {"cameras": cameras, "image_size": size[0], "orientation": orientation}
+    return {
+        "cameras": cameras,
+        "image_size": size[0],
+        "orientation": orientation,
+        "render_quality": "stock",
+    }
 
 
 def _libero_spec(path: Path, suite: str | None, features: FeatureSpec) -> dict[str, Any] | None:
@@ -210,29 +291,64 @@ def _libero_spec(path: Path, suite: str | None, features: FeatureSpec) -> dict[s
         return None
     if "goal_state" in features.observations:
         kwargs["goal_state"] = True
-    return _spec(f"mail_envs:{suite}/{stem(path)}", kwargs, _LIBERO_STEPS)
+    return _spec(f"mail_envs:{suite}/{stem(path)}", kwargs, LIBERO_HORIZON)
 
 
 def _robosuite_spec(
     path: Path, env_args: Mapping[str, Any], features: FeatureSpec
 ) -> dict[str, Any] | None:
-    given = env_args.get("env_kwargs") or {}
+    problem = _robosuite_problem(env_args)
+    if problem is not None:
+        _warn(path, problem)
+        return None
     kwargs = _camera_kwargs(path, features, "_image")
+    if FULL_STATE & features.observations.keys():
+        kwargs["full_state"] = True
+    return _spec(f"mail_envs:robosuite/{env_args['env_name']}", kwargs, ROBOSUITE_HORIZON)
+
+
+def _robosuite_problem(env_args: Mapping[str, Any]) -> str | None:
+    """Why no environment here is the one that was recorded in; None when one is."""
+    given = env_args.get("env_kwargs") or {}
+    if "env_name" not in env_args:
+        return "env_args does not name its environment"
+    if env_args["env_name"] not in ROBOSUITE_TASKS:
+        return f"robosuite 1.4 has no single-arm task {env_args['env_name']!r}"
     robots = given.get("robots", "Panda")
     robots = [robots] if isinstance(robots, str) else list(robots)
-    controller = given.get("controller_configs") or {}
-    if "env_name" not in env_args:
-        problem = "env_args does not name its environment"
-    elif robots != ["Panda"]:
-        problem = f"it was recorded with {', '.join(map(str, robots))}, here there is one Panda"
-    elif controller and '"OSC_POSE"' not in json.dumps(controller):
-        problem = "its actions are not those of the controller OSC_POSE"
-    elif '"control_delta": false' in json.dumps(controller):
-        problem = "its actions are absolute poses, here they are changes of the pose"
-    else:
-        return _spec(f"mail_envs:robosuite/{env_args['env_name']}", kwargs, _ROBOSUITE_STEPS)
-    _warn(path, problem)
+    if robots != ["Panda"]:
+        return f"it was recorded with {', '.join(map(str, robots))}, here there is one Panda"
+    frequency = given.get("control_freq", ROBOSUITE_CONTROL_HZ)
+    if frequency != ROBOSUITE_CONTROL_HZ:
+        return f"its control_freq is {frequency}, here it is {ROBOSUITE_CONTROL_HZ}"
+    return _controller_problem(given.get("controller_configs") or {})
+
+
+def _controller_problem(controller: Any) -> str | None:
+    if isinstance(controller, list) and len(controller) == 1:
+        (controller,) = controller  # one per robot
+    if isinstance(controller, Mapping) and isinstance(controller.get("body_parts"), Mapping):
+        controller = controller["body_parts"].get("right")  # robosuite 1.5 has one per body part
+    if not isinstance(controller, Mapping):
+        return f"its arm controller is {controller!r}"
+    if controller.get("type", "OSC_POSE") != "OSC_POSE":
+        return f"its actions are not those of the controller OSC_POSE but of {controller['type']}"
+    if not controller.get("control_delta", True) or controller.get("input_type") == "absolute":
+        return "its actions are absolute poses, here they are changes of the pose"
+    # robomimic's first files call it damping.
+    stated = {"damping_ratio": controller.get("damping", OSC_POSE["damping_ratio"]), **controller}
+    for name, expected in OSC_POSE.items():
+        if name in stated and not _same(stated[name], expected):
+            return f"{name} of its controller is {stated[name]}, here it is {expected}"
     return None
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Equality in which one number stands for a list of it."""
+    try:
+        return bool(np.all(np.equal(*np.broadcast_arrays(found, expected))))
+    except ValueError:
+        return False
 
 
 def _warn(path: Path, problem: str) -> None:

@@ -16,6 +16,8 @@ EXTRAS = "mail_agents"
 #: Attributes of ``data`` that count, and are counted again when a file is written.
 COUNTS = ("num_demos", "total")
 
+#: Kinds of attributes that can be kept; others are references into the file.
+_ATTRIBUTE_TYPES = (str, bytes, int, float, bool, np.generic, np.ndarray)
 _LFS = b"version https://git-lfs"
 _FIXTURE = "_main"
 _IMAGE_ENDINGS = ("_rgb", "_image")
@@ -167,14 +169,37 @@ def _check_image(path: Path, images: h5py.Dataset) -> None:
 
 
 def attributes(group: h5py.Group) -> dict[str, Any]:
-    """Text, numbers and booleans among the attributes, JSON-ready; counts and our own left out."""
-    out: dict[str, Any] = {}
-    for name, value in group.attrs.items():
-        value = value.item() if isinstance(value, np.generic) else value
-        value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        if name not in (*COUNTS, EXTRAS) and isinstance(value, str | int | float | bool):
-            out[name] = value
-    return out
+    """The attributes, JSON-ready, arrays as lists; counts and our own left out."""
+    return {
+        name: _plain(value)
+        for name, value in group.attrs.items()
+        if name not in (*COUNTS, EXTRAS) and isinstance(value, _ATTRIBUTE_TYPES)
+    }
+
+
+def _plain(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def check_count(path: Path, group: h5py.Group, name: str, found: int, what: str) -> None:
+    """Refuses a group whose attribute, where it has one, states another count than was found.
+
+    Raises:
+        CorruptFileError: It does, or the attribute is no whole number.
+    """
+    stated = group.attrs.get(name, found)
+    try:
+        wrong = int(stated) != found or stated != int(stated)
+    except (TypeError, ValueError, OverflowError):
+        wrong = True
+    if wrong:
+        raise CorruptFileError(
+            f"{path}: attribute {name} of {group.name} is {stated}, but there are {found} {what}. "
+            "The file was written incompletely, get it again; or correct the attribute."
+        )
 
 
 def json_attribute(path: Path, group: h5py.Group, name: str) -> dict[str, Any]:
