@@ -23,7 +23,9 @@ class Prefetcher:
 
     Copying rows out of arrays releases the interpreter, so that gathering costs a train loop
     nothing while a core is free. What is given, and :meth:`state_dict`, is as if every batch were
-    gathered when it is asked for. Use it as a context manager::
+    gathered when it is asked for. Samples that only top up a batch have no targets
+    (``action_mask``), see :class:`~mail_agents.data.windows.BatchSampler`. Use it as a context
+    manager::
 
         with Prefetcher(windows, sampler) as batches:
             batch = next(batches)
@@ -53,7 +55,10 @@ class Prefetcher:
             self._thread.start()
 
     def _gather(self) -> Mapping[str, Any]:
-        return self._finish(self._view[next(self._sampler)])
+        batch = self._view[next(self._sampler)]
+        if self._sampler.repeated:
+            batch["action_mask"][-self._sampler.repeated :] = False
+        return self._finish(batch)
 
     def _work(self) -> None:
         while not self._closed.is_set():

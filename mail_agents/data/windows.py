@@ -135,7 +135,8 @@ class BatchSampler:
     for every number of ranks with equal ``batch_size * world_size``; rank ``r`` takes the ``r``-th
     contiguous part of it. Every rank sees the same number of batches: an incomplete last batch is
     kept, and its samples are topped up from the start of the epoch to a multiple of
-    ``world_size`` (never with one rank).
+    ``world_size`` (never with one rank). :attr:`repeated` says how many of the last samples of the
+    batch just given were added so; nothing is to be learnt from them again.
 
     Args:
         n: Number of samples.
@@ -181,6 +182,7 @@ class BatchSampler:
                 "Use a smaller batch_size or drop_last=False."
             )
         self.epoch, self.position = 0, 0
+        self.repeated = 0
         self._order: tuple[int, np.ndarray] | None = None
 
     def __iter__(self) -> "BatchSampler":
@@ -193,6 +195,7 @@ class BatchSampler:
         if missing:
             batch = np.concatenate([batch, np.resize(order, missing)])
         share = len(batch) // self.world_size
+        self.repeated = min(max((self.rank + 1) * share - len(batch) + missing, 0), share)
         self.position += 1
         if self.position == self.batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0

@@ -71,7 +71,14 @@ class Team:
         """Meets the other processes where torchrun started several; raises when they are gone."""
         if started_processes() == 1:
             return
-        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=_MEETING))
+        try:
+            store, self.rank, self.size = next(dist.rendezvous("env://", timeout=_MEETING))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise LostProcessError(
+                f"The {started_processes()} processes of this training did not meet at "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}. Start all of them with "
+                f"torchrun, or unset WORLD_SIZE. ({str(error).splitlines()[0]})"
+            ) from error
         self._local_rank = int(os.environ.get("LOCAL_RANK") or self.rank)
         self._store = dist.PrefixStore("mail-agents", store)
         dist.init_process_group(

@@ -33,6 +33,9 @@ _DECIDING = (
     *("eval_episodes", "eval_seed", "target_returns"),
 )
 
+#: Numbers that torchrun tells the processes it starts.
+_TORCHRUN = ("WORLD_SIZE", "RANK", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class RunArguments:
@@ -172,8 +175,26 @@ def _differences(name: str, stored: Any, given: Any) -> list[str]:
 
 
 def started_processes() -> int:
-    """Number of processes that torchrun started for this training; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """Number of processes that torchrun started for this training; 1 without it.
+
+    Raises:
+        InvalidInputError: Only a part of what torchrun sets is set.
+    """
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        return 1
+    found = {name: os.environ.get(name, "") for name in _TORCHRUN}
+    wrong = [f"{name}={text}" for name, text in found.items() if not text.isdecimal()]
+    if not wrong and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        wrong = [f"RANK={found['RANK']}"]
+    if not os.environ.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR=")
+    if wrong:
+        raise InvalidInputError(
+            f"WORLD_SIZE={found['WORLD_SIZE']} asks for training in several processes, for which "
+            f"{', '.join(wrong)} cannot be used. Unset WORLD_SIZE to train in one process, or "
+            "start the script with torchrun, which sets everything it takes."
+        )
+    return int(found["WORLD_SIZE"])
 
 
 def run_script(main: Callable[[A], None], cls: type[A]) -> None:
@@ -187,8 +208,8 @@ def run_script(main: Callable[[A], None], cls: type[A]) -> None:
     Raises:
         SystemExit: With the sentence, or with status 130 after Ctrl-C.
     """
-    refuse_torchrun()
     with ending_in_a_sentence() as known:
+        refuse_torchrun()
         arguments = parse_arguments(cls)
         known.append(arguments.run_dir)
         main(arguments)
@@ -253,12 +274,13 @@ def _starter() -> list[str]:
 
 
 def _flag(argv: Sequence[str], name: str) -> str | None:
+    found = None  # the last one counts, as for the parser
     for i, token in enumerate(argv):
         if token == f"--{name}" and i + 1 < len(argv):
-            return argv[i + 1]
-        if token.startswith(f"--{name}="):
-            return token.partition("=")[2]
-    return None
+            found = argv[i + 1]
+        elif token.startswith(f"--{name}="):
+            found = token.partition("=")[2]
+    return found
 
 
 def _field_default(cls: type, name: str) -> Any:
@@ -270,17 +292,18 @@ def load_arguments(cls: type[A], run: Path) -> A:
 
     Raises:
         CorruptFileError: They are missing or do not fit ``cls``.
-        InvalidInputError: They are those of another script.
+        InvalidInputError: They are those of another script, or of another number of processes.
     """
     path = run / ARGUMENTS
     script = None
     try:
         stored = json.loads(path.read_text("utf-8"))
         data, script = stored["arguments"], stored.get("script")
+        processes = int(stored.get("processes", started_processes()))
         config_class = type(spec(data["agent"]).config())
         config = config_class.from_dict(data.pop("config"))
         plain = dacite.Config(strict=True, cast=[tuple], type_hooks={AgentConfig: lambda _: config})
-        return dacite.from_dict(cls, {**data, "config": {}}, plain)
+        arguments = dacite.from_dict(cls, {**data, "config": {}}, plain)
     except (OSError, ValueError, KeyError, TypeError, dacite.DaciteError) as error:
         if script is not None and script != _script():
             raise InvalidInputError(
@@ -291,6 +314,13 @@ def load_arguments(cls: type[A], run: Path) -> A:
             f"Cannot resume {run}: {path} is missing or unreadable ({error}). Expected a run "
             "directory written by this script."
         ) from error
+    if processes != started_processes():
+        starter = "torchrun --nproc-per-node N, N processes in all" if processes > 1 else "python"
+        raise InvalidInputError(
+            f"{run} was started in {processes} process(es), not {started_processes()}. Batches and "
+            f"noise depend on their number; continue with as many ({starter})."
+        )
+    return arguments
 
 
 def _script() -> str:
@@ -357,6 +387,7 @@ class Run:
         text = {
             "script": _script(),
             "arguments": dataclasses.asdict(arguments),
+            "processes": started_processes(),
             "versions": {"mail_agents": __version__, "python": platform.python_version()},
             "command": " ".join([*_starter(), *sys.argv]),
         }

@@ -1,5 +1,6 @@
 """The train scripts in two processes, as torchrun starts them."""
 
+import json
 import os
 import signal
 import socket
@@ -56,7 +57,7 @@ def test_a_run_in_two_processes_is_that_of_one_and_resumes_exactly(
     team, scripts, tmp_path, point_dataset
 ):
     lengths = np.cumsum(mail_agents.open_dataset(point_dataset).lengths)
-    demos = int(np.flatnonzero(lengths % 2 == 0)[-1]) + 1  # batches then split evenly
+    demos = int(np.flatnonzero(lengths % 2)[-1]) + 1  # the last batch does not split evenly
     arguments = ("--agent", "mail/d-ma-bc", *MAIL, "--dataset", point_dataset, "--demos", demos)
     codes, (lead, other) = finish(team("train_mail", *arguments, "--output", "two"))
     assert codes == [0, 0], lead + other
@@ -99,6 +100,7 @@ def test_noise_and_dropout_resume_exactly_too(team, tmp_path, point_dataset):
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
+        ("train", ("--resume", "{alone}"), "in 1 process(es), not 2"),
         ("train_mail", ("--dataset", "nowhere"), "nowhere"),
         ("train_mail", ("--agent", "mail/ed-ma-cb"), "Did you mean"),
         ("train", ("--dataset", "{point}", *TINY, "--output", "{taken}"), "already holds a run"),
@@ -110,7 +112,13 @@ def test_all_processes_end_with_one_message(team, tmp_path, point_dataset, name,
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "arguments.json").write_text("{}")
-    given = [str(each).format(point=point_dataset, taken=taken) for each in arguments]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    stored = {"agent": "mail/d-ma-bc", "config": {}}
+    written = {"script": "train.py", "arguments": stored, "processes": 1}
+    (alone / "arguments.json").write_text(json.dumps(written))
+    places = {"point": point_dataset, "taken": taken, "alone": alone}
+    given = [str(each).format(**places) for each in arguments]
     began = time.monotonic()
     codes, outputs = finish(team(name, *given))
     assert time.monotonic() - began < 60
@@ -118,6 +126,39 @@ def test_all_processes_end_with_one_message(team, tmp_path, point_dataset, name,
     assert "".join(outputs).count("error: ") == 1
     assert words in "".join(outputs)
     assert "Traceback" not in "".join(outputs)
+
+
+def test_a_run_of_two_processes_cannot_be_continued_by_one(scripts, tmp_path):
+    written = {"script": "train.py", "arguments": {"agent": "mail/d-ma-bc", "config": {}}}
+    (tmp_path / "arguments.json").write_text(json.dumps({**written, "processes": 2}))
+    code, output = scripts.run(tmp_path, "train", "--resume", tmp_path)
+    assert code == 1
+    assert "was started in 2 process(es), not 1" in output
+    assert "torchrun" in output
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK=, MASTER_PORT=, MASTER_ADDR= cannot be used"),
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE=many, RANK="),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "RANK=2 cannot be used",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "99999"},
+            "did not meet at 192.0.2.1:99999",
+        ),
+    ],
+)
+def test_what_torchrun_sets_must_be_complete(scripts, tmp_path, given, words):
+    everything = dict.fromkeys(("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "")
+    code, output = scripts.run(tmp_path, "train", environment={**everything, **given})
+    assert code == 1
+    assert words in output
+    assert "WORLD_SIZE" in output
+    assert "Traceback" not in output
 
 
 def test_a_mistake_in_a_flag_is_shown_once(team):

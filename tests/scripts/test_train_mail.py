@@ -131,6 +131,12 @@ def test_a_suite_chooses_the_settings_and_flags_beside_it_win(train, tmp_path, b
     assert "suite=libero_object, not libero_spatial" in output
 
 
+def test_of_two_suites_the_last_one_counts(load_script):
+    script = load_script("train_mail")
+    args = parse_arguments(script.Args, ["--suite", "libero_object", "--suite", "libero_10"])
+    assert (args.suite, args.config.horizon) == ("libero_10", 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -40,6 +40,27 @@ def test_batches_and_state_are_those_without_it(ahead, taken):
     np.testing.assert_array_equal(next(read), next(plain))
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_together_have_the_targets_of_one(size):
+    n = len(VIEW) - (len(VIEW) - 1) % (4 * size)  # one sample is left for the last batch
+    alone, counts = BatchSampler(n, 4 * size, seed=1), []
+    teams = [BatchSampler(n, 4, seed=1, rank=rank, world_size=size) for rank in range(size)]
+    for _ in range(2 * alone.batches_per_epoch):
+        parts = []
+        for sampler in teams:
+            with Prefetcher(VIEW, sampler, 0) as batches:
+                parts.append(next(batches))
+        whole = VIEW[next(alone)]
+        for key in ("action", "action_mask"):
+            found = np.concatenate([part[key] for part in parts])
+            rows = len(whole[key])
+            np.testing.assert_array_equal(found[:rows], whole[key])
+            if key == "action_mask":
+                assert not found[rows:].any()
+                counts.append(len(found) - rows)
+    assert set(counts) == {0, size - 1}
+
+
 def test_it_reads_on_while_nobody_asks_but_not_without_end():
     read = []
 

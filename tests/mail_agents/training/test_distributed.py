@@ -5,6 +5,7 @@ import json
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,6 +184,32 @@ def test_only_errors_of_communication_mean_a_lost_process():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
     with pytest.raises(RuntimeError, match="shapes"), lost_processes():
         raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_shares_of_a_batch_of_hardly_any_targets(monkeypatch):
+    team = Team()
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda total: total.mul_(2))
+    assert team.share(0.25) == 0.5
+    assert team.share(0.0) == 0.0
+
+
+def test_processes_must_begin_alike(monkeypatch):
+    agent, team, said = worker.make("mail/d-ma-bc"), Team(), []
+    team.size = 2
+    monkeypatch.setattr(team, "check_same", lambda *what: said.append(what))
+    monkeypatch.setattr("torch.distributed.new_group", lambda **_: None)
+    monkeypatch.setattr(
+        "mail_agents.training.distributed.DistributedDataParallel", lambda policy, **_: policy
+    )
+    team.begin(agent)
+    agent.normalizers["action"].load_state_dict(
+        {k: v + 1 for k, v in agent.normalizers["action"].state_dict().items()}
+    )
+    team.begin(agent)
+    agent.task_embeddings = np.ones((1, 3), np.float32)
+    team.begin(agent)
+    statistics = [value for what, value in said if what == "set of statistics"]
+    assert len(set(statistics)) == 3
 
 
 def test_a_broken_part_that_counts_breaks_the_whole(monkeypatch):

@@ -75,6 +75,14 @@ def test_the_agent_decides_which_config_flags_there_are():
     assert not isinstance(args.config, MailConfig)
 
 
+def test_of_a_flag_given_twice_the_last_one_counts():
+    args = parse_arguments(Args, ["--agent", "mean-action", "--agent", "mail/ed-ma-bc"])
+    assert args.agent == "mail/ed-ma-bc"
+    assert args.config.encoder.layers == 8
+    args = parse_arguments(Args, ["--agent=mail/ed-ma-bc", "--agent", "mean-action"])
+    assert not isinstance(args.config, MailConfig)
+
+
 def test_unknown_agents_and_flags(capsys):
     with pytest.raises(UnknownNameError, match="Did you mean 'mail/d-ma-bc'"):
         parse_arguments(Args, ["--agent", "mail/d-ma-bcc"])
@@ -221,7 +229,7 @@ def test_metrics_are_appended_and_read_back(tmp_path):
     assert read_metrics(tmp_path / "new" / "run")[1] == {"step": 2, "loss": 1.0, "lr": 0.1}
     stored = json.loads((tmp_path / "new" / "run" / "arguments.json").read_text())
     assert stored["arguments"]["names"] == ["a"]
-    assert set(stored) == {"script", "arguments", "versions", "command"}
+    assert set(stored) == {"script", "arguments", "processes", "versions", "command"}
     assert list((tmp_path / "new" / "run" / "tensorboard").glob("events*"))
     assert read_metrics(tmp_path) == []
 
