@@ -5,7 +5,7 @@ Everything comes from the package; meshes are inside. What differs from upstream
 """
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from mail_envs.catalogue import ROBOSUITE_TASKS
 from mail_envs.libero_setup import import_robosuite
 from mail_envs.manipulation import ManipulationEnv, checked_cameras
 from mail_envs.rendering import RenderQuality
+from mail_wrappers.worlds import ROBOSUITE_FULL_STATE, ROBOSUITE_HAND_VELOCITIES
 
 #: Cameras that every one of these scenes has.
 ROBOSUITE_CAMERAS: tuple[str, ...] = (
@@ -33,7 +34,10 @@ class RobosuiteEnv(ManipulationEnv):
         ``robot0_eef_pos`` float64 ``(3,)`` (m), ``robot0_eef_quat`` ``(4,)`` (w last),
         ``robot0_joint_pos`` ``(7,)`` (rad), ``robot0_gripper_qpos`` ``(2,)`` (m; not in Wipe, whose
         hand does not move), ``object`` (the task's objects, its length depends on the task) and
-        ``<camera>_image`` uint8 ``(S, S, 3)`` for every camera.
+        ``<camera>_image`` uint8 ``(S, S, 3)`` for every camera. With ``full_state`` also
+        ``robot0_eef_vel_lin`` ``(3,)`` (m/s), ``robot0_eef_vel_ang`` ``(3,)`` and
+        ``robot0_joint_vel`` ``(7,)`` (rad/s), ``robot0_joint_pos_cos`` and ``robot0_joint_pos_sin``
+        ``(7,)``, and ``robot0_gripper_qvel`` ``(2,)`` (m/s).
 
     Action: float32 ``(7,)`` in [-1, 1], clipped: hand displacement x, y, z (1 is 5 cm), rotation
     vector (1 is 0.5 rad), gripper (its sign counts: positive closes; not in Wipe). 20 steps are one
@@ -63,6 +67,7 @@ class RobosuiteEnv(ManipulationEnv):
         render_mode: ``"rgb_array"`` makes :meth:`render` return video frames, upright.
         render_size: Height and width of video frames in pixels.
         success_hold: Steps for which the goal must stay reached.
+        full_state: Whether to observe everything that robomimic's low-dimensional files hold.
 
     Raises:
         UnknownNameError: The task or a camera does not exist.
@@ -91,12 +96,16 @@ class RobosuiteEnv(ManipulationEnv):
         render_mode: str | None = None,
         render_size: int = 480,
         success_hold: int = 0,
+        full_state: bool = False,
     ) -> None:
         if task not in ROBOSUITE_TASKS:
             hint = "List them with mail_envs.list_worlds('robosuite/*')."
             raise unknown_name("robosuite task", task, ROBOSUITE_TASKS, hint)
         self.task = task
         self.cameras = checked_cameras(cameras, ROBOSUITE_CAMERAS)
+        self.full_state = full_state
+        if full_state:
+            self.sensors = (*self.sensors, *ROBOSUITE_FULL_STATE)
         super().__init__(
             f"robosuite/{task}",
             self._build,
@@ -156,9 +165,20 @@ class RobosuiteEnv(ManipulationEnv):
             self._refresh()
         return {}
 
+    def _own_sensors(self) -> dict[str, Callable[[], np.ndarray]]:
+        if not self.full_state:
+            return {}
+        # As robomimic's simulator does it, see robosuite's ``SingleArm``.
+        linear, angular = ROBOSUITE_HAND_VELOCITIES
+        return {
+            linear: lambda: np.array(self._sim.robots[0]._hand_vel),
+            angular: lambda: np.array(self._sim.robots[0]._hand_ang_vel),
+        }
+
     def _state_observation(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         observation = {name: raw[name] for name in self.sensors if name != "object-state"}
         observation["object"] = raw["object-state"]
+        observation |= {name: raw[f"own_{name}"] for name in self._own_sensors()}
         return {name: value for name, value in observation.items() if value.size}
 
 

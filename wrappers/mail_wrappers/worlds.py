@@ -25,6 +25,16 @@ ROBOSUITE_TASKS: tuple[str, ...] = (
     "Wipe",
 )
 
+#: Velocities of robosuite's hand, and its further sensors of the robot, that robomimic's files of
+#: low-dimensional observations hold besides positions.
+ROBOSUITE_HAND_VELOCITIES: tuple[str, ...] = ("robot0_eef_vel_lin", "robot0_eef_vel_ang")
+ROBOSUITE_FULL_STATE: tuple[str, ...] = (
+    "robot0_gripper_qvel",
+    "robot0_joint_pos_cos",
+    "robot0_joint_pos_sin",
+    "robot0_joint_vel",
+)
+
 #: Steps of robosuite per second, and its arm controller: ``controllers/config/osc_pose.json`` of
 #: robosuite 1.4, as far as it says what an action does.
 ROBOSUITE_CONTROL_HZ = 20

@@ -60,7 +60,8 @@ def test_a_recording_in_libero_is_replayed_written_and_read_back(tmp_path, liber
     assert replayed.numbers is not None
     assert replayed.state is not None
     assert (replayed.numbers.value, replayed.state.value) == (0, 0)
-    folder = write_libero(dataset, tmp_path / "libero_goal")
+    with pytest.warns(UserWarning, match="no images"):
+        folder = write_libero(dataset, tmp_path / "libero_goal")
     with h5py.File(folder / f"{DRAWER}_demo.hdf5") as file:
         data = file["data"]
         name = f"libero/libero/bddl_files/libero_goal/{DRAWER}.bddl"
@@ -97,3 +98,36 @@ def test_a_recording_in_robosuite_is_replayed_written_and_read_back(tmp_path, ro
     (replayed,) = replay_dataset(back, 1)
     assert not replayed.seeded
     assert replayed.reproduced
+
+
+def test_robosuite_observes_what_robomimics_low_dimensional_files_hold(robosuite):
+    env = gymnasium.make("mail_envs:robosuite/Lift", full_state=True)
+    observation, _ = env.reset(seed=0)
+    sizes = {key: len(value) for key, value in observation.items()}
+    assert sizes == {
+        "object": 10,
+        "robot0_eef_pos": 3,
+        "robot0_eef_quat": 4,
+        "robot0_eef_vel_ang": 3,
+        "robot0_eef_vel_lin": 3,
+        "robot0_gripper_qpos": 2,
+        "robot0_gripper_qvel": 2,
+        "robot0_joint_pos": 7,
+        "robot0_joint_pos_cos": 7,
+        "robot0_joint_pos_sin": 7,
+        "robot0_joint_vel": 7,
+    }
+    before = observation
+    for _ in range(8):  # upwards
+        before, observation = observation, env.step(np.eye(7, dtype=np.float32)[2])[0]
+    env.close()
+    joints = observation["robot0_joint_pos"]
+    np.testing.assert_array_equal(observation["robot0_joint_pos_cos"], np.cos(joints))
+    np.testing.assert_array_equal(observation["robot0_joint_pos_sin"], np.sin(joints))
+    moved = (observation["robot0_eef_pos"] - before["robot0_eef_pos"]) * 20  # steps per second
+    assert moved[2] > 0.1
+    np.testing.assert_allclose(observation["robot0_eef_vel_lin"], moved, atol=0.05)
+    turned = (joints - before["robot0_joint_pos"]) * 20
+    np.testing.assert_allclose(observation["robot0_joint_vel"], turned, atol=0.1)
+    assert observation["robot0_gripper_qvel"].any()
+    assert observation["robot0_eef_vel_ang"].any()

@@ -25,6 +25,8 @@ from mail_wrappers.worlds import (
     LIBERO_HORIZON,
     OSC_POSE,
     ROBOSUITE_CONTROL_HZ,
+    ROBOSUITE_FULL_STATE,
+    ROBOSUITE_HAND_VELOCITIES,
     ROBOSUITE_HORIZON,
     ROBOSUITE_TASKS,
 )
@@ -34,17 +36,6 @@ Alignment = Literal["after_action", "before_action"]
 
 DEMO_SUFFIX = "_demo"
 ROBOSUITE, GYM = 1, 2
-
-
-#: Observations of robomimic that robosuite's environments here have when asked for.
-FULL_STATE = {
-    "robot0_eef_vel_lin",
-    "robot0_eef_vel_ang",
-    "robot0_gripper_qvel",
-    "robot0_joint_pos_cos",
-    "robot0_joint_pos_sin",
-    "robot0_joint_vel",
-}
 
 
 _TASK_FACTS = {"attributes": "attributes of data", "env_spec": "environments"}
@@ -302,7 +293,8 @@ def _robosuite_spec(
         _warn(path, problem)
         return None
     kwargs = _camera_kwargs(path, features, "_image")
-    if FULL_STATE & features.observations.keys():
+    further = (*ROBOSUITE_HAND_VELOCITIES, *ROBOSUITE_FULL_STATE)
+    if any(key in features.observations for key in further):
         kwargs["full_state"] = True
     return _spec(f"mail_envs:robosuite/{env_args['env_name']}", kwargs, ROBOSUITE_HORIZON)
 
