@@ -4,12 +4,14 @@ A dataset and an environment each produce a :class:`FeatureSpec`; it travels ins
 and :meth:`FeatureSpec.check` explains any disagreement before work starts.
 """
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 
 from mail_agents.errors import FeatureMismatchError, InvalidInputError, unknown_name
 
@@ -141,7 +143,7 @@ class ImageSpace(spaces.Box):
     trained on upside-down images is refused where it would see upright ones.
 
     Args:
-        shape: ``(height, width, channels)``.
+        shape: ``(height, width, channels)``; for a batch ``(N, height, width, channels)``.
         orientation: "raw", "upright" or "rot180"; None when unknown.
         seed: See :class:`gymnasium.spaces.Box`.
 
@@ -151,7 +153,7 @@ class ImageSpace(spaces.Box):
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         orientation: Orientation | None = None,
         seed: int | np.random.Generator | None = None,
     ) -> None:
@@ -162,6 +164,17 @@ class ImageSpace(spaces.Box):
 
     def __repr__(self) -> str:
         return f"ImageSpace({self.shape}, orientation={self.orientation!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.orientation == getattr(other, "orientation", None)
+
+    __hash__ = None  # type: ignore[assignment]  # as Box: spaces can be changed
+
+
+@batch_space.register(ImageSpace)
+def _batch_images(space: ImageSpace, n: int = 1) -> ImageSpace:
+    seed = copy.deepcopy(space.np_random)  # as Gymnasium does for Box
+    return ImageSpace((n, *space.shape), space.orientation, seed)
 
 
 def _dtype_name(dtype: np.dtype) -> str:
@@ -189,7 +202,7 @@ def _from_leaf_space(space: spaces.Space) -> Feature:
             dtype=space.dtype.name,
             low=tuple(map(float, space.low.ravel())) if keep else None,
             high=tuple(map(float, space.high.ravel())) if keep else None,
-            orientation=space.orientation if isinstance(space, ImageSpace) else None,
+            orientation=getattr(space, "orientation", None) if kind == "image" else None,
         )
     if isinstance(space, spaces.Discrete):
         first, n = int(space.start), int(space.n)

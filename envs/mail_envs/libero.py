@@ -17,10 +17,12 @@ from mail_envs.libero_setup import (
     asset_fingerprint,
     asset_folder,
     bddl_file,
+    broken_assets,
     import_libero,
     load_init_states,
 )
-from mail_envs.manipulation import Initial, ManipulationEnv, check_choice, checked_cameras
+from mail_envs.manipulation import Initial, ManipulationEnv
+from mail_envs.manipulation_inputs import check_choice, checked_cameras, finite_numbers
 from mail_envs.rendering import RenderQuality, import_mujoco
 from mail_wrappers.datasets.libero_names import instruction, tasks_of
 
@@ -90,6 +92,8 @@ class LiberoEnv(ManipulationEnv):
         InvalidInputError: An argument is not valid, or the mesh folder lacks parts.
         MissingDependencyError: LIBERO or its meshes are not there; the message has the commands.
     """
+
+    metadata = {**ManipulationEnv.metadata, "parallel": 1}  # noqa: RUF012  (each takes 1.3 GB)
 
     sensors = ("robot0_joint_pos", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 
@@ -198,17 +202,24 @@ class LiberoEnv(ManipulationEnv):
     def _build(self) -> Any:
         envs = import_libero()
         path = self.bddl_path
-        outer = envs.env_wrapper.ControlEnv(
-            bddl_file_name=path,
-            use_camera_obs=False,
-            has_renderer=False,
-            has_offscreen_renderer=False,
-            # The same model is made faster by putting back what episodes change in it.
-            hard_reset=False,
-            ignore_done=True,
-            camera_heights=8,
-            camera_widths=8,
-        )
+        try:
+            outer = envs.env_wrapper.ControlEnv(
+                bddl_file_name=path,
+                use_camera_obs=False,
+                has_renderer=False,
+                has_offscreen_renderer=False,
+                # The same model is made faster by putting back what episodes change in it.
+                hard_reset=False,
+                ignore_done=True,
+                camera_heights=8,
+                camera_widths=8,
+            )
+        except FileNotFoundError as error:
+            raise broken_assets(error) from error
+        except ValueError as error:
+            if "opening file" not in str(error):
+                raise
+            raise broken_assets(error) from error
         _forward_after_reset(outer.env.sim)
         # Loading the model, which upstream does twice before the first episode, adds each of these
         # again; a drawer is then drawn twice, which moves the random stream of what follows.
@@ -239,6 +250,12 @@ class LiberoEnv(ManipulationEnv):
         return info
 
     def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        if self.initial != "stored" and "init_state" in options:
+            raise InvalidInputError(
+                f"The option 'init_state' is the number of a stored initial state, and "
+                f"{self.world} was made with initial={self.initial!r}. Make it with "
+                "initial='stored'."
+            )
         options = super()._checked_options(options)
         if "fixtures" in options:
             if "state" not in options:
@@ -262,14 +279,20 @@ class LiberoEnv(ManipulationEnv):
 
     def _checked_fixtures(self, fixtures: Mapping[str, Any]) -> dict[int, np.ndarray]:
         """Pose with a quaternion of length 1 by number of the body."""
+        if not isinstance(fixtures, Mapping):
+            raise InvalidInputError(
+                f"The option 'fixtures' holds poses by name, as in {{'wooden_cabinet_1': [...]}}; "
+                f"got {fixtures!r}."
+            )
         out = {}
         for name, given in fixtures.items():
             if name not in self._sim.fixtures_dict:
                 raise unknown_name(f"fixture of {self.world}", name, self._sim.fixtures_dict)
-            pose = np.array(given, dtype=np.float64)
-            if pose.shape != (7,) or not np.isfinite(pose).all() or not pose[3:].any():
+            pose = finite_numbers(given, 7)
+            if pose is None or not pose[3:].any():
                 raise InvalidInputError(
-                    f"Fixture {name!r} stands at {given}; give position (3) and quaternion (4)."
+                    f"Fixture {name!r} stands at {given}; give position (3) and quaternion (4, "
+                    "not all zero)."
                 )
             pose[3:] /= np.linalg.norm(pose[3:])
             out[self.body_id(name)] = pose

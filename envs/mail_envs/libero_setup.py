@@ -9,12 +9,9 @@ that exists or the error says how to get them.
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
-import io
-import logging
 import os
-import random
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mail_agents.errors import CorruptFileError, InvalidInputError, MissingDependencyError
-from mail_envs.rendering import import_mujoco
+from mail_envs.robosuite_setup import import_robosuite, no_traces, quiet
 
 #: Environment variable that names the folder of LIBERO's meshes, textures and scenes.
 ASSETS_VARIABLE = "MAIL_AGENTS_LIBERO_ASSETS"
@@ -49,7 +46,6 @@ _PARTS = (
     "textures",
     "turbosquid_objects",
 )
-_ROBOSUITE_LOG = "/tmp/robosuite.log"
 
 
 def package_folder() -> Path:
@@ -112,22 +108,39 @@ def asset_folder() -> Path:
 
     In this order: ``MAIL_AGENTS_LIBERO_ASSETS``; ``assets`` of LIBERO's own ``config.yaml``; the
     installed package's folder; the folder that LIBERO downloads to. The first two are what the user
-    asked for, so they are refused rather than skipped when they are incomplete.
+    asked for, so they are refused rather than skipped when they are incomplete; but what LIBERO
+    itself writes into a new ``config.yaml``, the package's folder, nobody asked for.
 
     Raises:
         InvalidInputError: The folder that was asked for lacks parts.
         MissingDependencyError: There is none; the message has the commands that get it.
     """
+    return _find_assets()[0]
+
+
+def broken_assets(error: Exception) -> InvalidInputError:
+    """What to say when the simulator cannot read a file of the mesh folder."""
+    folder, source = _find_assets()
+    return InvalidInputError(
+        f"A file of LIBERO's meshes is missing or cannot be read: {error}. Their folder is "
+        f"{folder} (from {source}), and incomplete; get a complete one with: {DOWNLOADS[0]}"
+    )
+
+
+def _find_assets() -> tuple[Path, str]:
+    """The folder of meshes, and who named it."""
     if given := os.environ.get(ASSETS_VARIABLE):
-        return _complete(Path(given).expanduser(), ASSETS_VARIABLE)
+        return _complete(Path(given).expanduser(), ASSETS_VARIABLE), ASSETS_VARIABLE
     own = package_folder() / "assets"
     if config := user_config():
         named = Path(str(_read_config(config).get("assets") or own)).expanduser()
-        if named.resolve() != own.resolve() and named.exists():
-            return _complete(named, f"'assets' in {config}")
-    for folder in (own, Path.home() / ".cache" / "libero" / "assets"):
+        if named.resolve() != own.resolve():
+            source = f"'assets' in {config}"
+            return _complete(named, source), source
+    cache = Path.home() / ".cache" / "libero" / "assets"
+    for folder, source in ((own, "LIBERO's package"), (cache, "LIBERO's downloads")):
         if not _missing_parts(folder):
-            return folder
+            return folder, source
     first, second = DOWNLOADS
     raise MissingDependencyError(
         "LIBERO's meshes, textures and scenes are not part of its package and were not found. Get "
@@ -162,12 +175,11 @@ def import_libero() -> ModuleType:
         InvalidInputError: See :func:`asset_folder`.
     """
     folder, assets = package_folder(), asset_folder()
+    _check_distribution(folder)
     import_robosuite("LIBERO")
-    with quiet(), _config(folder, assets):
+    with quiet(), no_traces(), _config(folder, assets):
         try:
             root = importlib.import_module("libero.libero")
-            if not hasattr(root, "get_assets_path"):
-                raise ImportError(f"{folder} is not hf-libero 0.1.4")
             # LIBERO's own configuration of this folder is ignored by hf-libero 0.1.4.
             root._assets_path_cache = str(assets)  # type: ignore[attr-defined]
             return importlib.import_module("libero.libero.envs")
@@ -177,63 +189,14 @@ def import_libero() -> ModuleType:
             ) from error
 
 
-def import_robosuite(purpose: str) -> ModuleType:
-    """Imports robosuite without its warnings, its log file and its change of ``MUJOCO_GL``.
-
-    Raises:
-        MissingDependencyError: It, or something it needs, is missing.
-    """
-    import_mujoco(purpose)
-    if "robosuite" in sys.modules:
-        return sys.modules["robosuite"]
-    backend = os.environ.get("MUJOCO_GL")
+def _check_distribution(folder: Path) -> None:
     try:
-        with quiet(), _no_log_file():
-            return importlib.import_module("robosuite")
-    except Exception as error:  # no OpenGL library at all raises AttributeError in PyOpenGL
-        extra = "libero" if purpose == "LIBERO" else "robosuite"
+        importlib.metadata.version("hf-libero")
+    except importlib.metadata.PackageNotFoundError as error:
         raise MissingDependencyError(
-            f"Cannot import robosuite (needed for {purpose}): {type(error).__name__}: {error}. "
-            f"Install it with: pip install 'mail-agents[{extra}]'. It needs an OpenGL library even "
-            "without images: apt-get install libegl1 libgl1, or libosmesa6 with MUJOCO_GL=osmesa."
+            f"{folder} is another LIBERO than the one tested here, hf-libero 0.1.4. Remove it (pip "
+            f"uninstall libero) and install that one: {INSTALL[1]}"
         ) from error
-    finally:
-        if backend is None:
-            os.environ.pop("MUJOCO_GL", None)
-        else:
-            os.environ["MUJOCO_GL"] = backend
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Drops what LIBERO and robosuite print and log below the level of an error."""
-    logger = logging.getLogger("robosuite_logs")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def global_random(seed: int) -> Iterator[None]:
-    """Seeds the global generators that LIBERO and robosuite draw from, and restores them after.
-
-    Args:
-        seed: Any number of at least 0. Below 2**32 it is what LIBERO's ``env.seed(seed)`` gets, so
-            that placements are those of LIBERO's own environment.
-    """
-    arrays, scalars = np.random.get_state(), random.getstate()
-    word = seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
-    np.random.seed(word)
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(arrays)
-        random.setstate(scalars)
 
 
 def _package_file(kind: str, suite: str, name: str) -> Path:
@@ -247,7 +210,11 @@ def _package_file(kind: str, suite: str, name: str) -> Path:
 
 
 def _missing_parts(folder: Path) -> list[str]:
-    return [part for part in _PARTS if not (folder / part).is_dir()]
+    return [
+        part
+        for part in _PARTS
+        if not (folder / part).is_dir() or next((folder / part).iterdir(), None) is None
+    ]
 
 
 def _complete(folder: Path, source: str) -> Path:
@@ -300,23 +267,6 @@ def _config(package: Path, assets: Path) -> Iterator[None]:
                 del os.environ["LIBERO_CONFIG_PATH"]
             else:
                 os.environ["LIBERO_CONFIG_PATH"] = before
-
-
-@contextlib.contextmanager
-def _no_log_file() -> Iterator[None]:
-    """Keeps robosuite from opening a log file in /tmp, which fails when another user owns it."""
-    original = logging.FileHandler
-
-    def handler(filename: Any, *args: Any, **kwargs: Any) -> logging.Handler:
-        if str(filename) == _ROBOSUITE_LOG:
-            return logging.NullHandler()
-        return original(filename, *args, **kwargs)
-
-    logging.FileHandler = handler  # type: ignore[assignment,misc]
-    try:
-        yield
-    finally:
-        logging.FileHandler = original  # type: ignore[misc]
 
 
 def _install_lines() -> str:

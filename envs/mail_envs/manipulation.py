@@ -5,25 +5,32 @@ previous episode, draws its cameras and judges success. Nothing here changes the
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from mail_agents.errors import InvalidInputError, suggest, unknown_name
-from mail_agents.features import ImageSpace, Orientation
-from mail_envs.libero_setup import global_random, quiet
+from mail_agents.errors import InvalidInputError, MailAgentsError, suggest, unknown_name
+from mail_agents.features import ORIENTATIONS, ImageSpace, Orientation
+from mail_envs.manipulation_inputs import check_choice, check_whole, checked_action, checked_state
 from mail_envs.rendering import OffscreenRenderer, RenderQuality, import_mujoco
+from mail_envs.robosuite_setup import global_random, quiet
+from mail_wrappers.images import turn_images
 
 # robosuite shows group 1, what is meant to be seen, and hides group 0, the collision shapes.
 VISIBLE_GROUPS = (1, 2)
 
 Initial = Literal["stored", "sampled"]
-_ORIENTATIONS: tuple[str, ...] = get_args(Orientation)
 _BLANK = np.zeros(1)
+# Each of them is many tries per object; LIBERO's own tasks need one or two.
+_PLACEMENTS = 100
+
+
+class PlacementError(MailAgentsError, RuntimeError):
+    """No placement of the objects was found in which they fit."""
 
 
 class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
@@ -47,7 +54,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     metadata = {  # noqa: RUF012  (Gymnasium's API)
         "render_modes": ["rgb_array"],
         "render_fps": 20,
-        "parallel": 1,
+        "parallel": 4,
         "record_infos": ("state",),
     }
 
@@ -71,9 +78,8 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             raise InvalidInputError(
                 f"Unknown render mode {render_mode!r}. Valid: None and 'rgb_array'."
             )
-        if success_hold < 0:
-            raise InvalidInputError(f"success_hold is {success_hold}; give a number of at least 0.")
-        check_choice("orientation", orientation, _ORIENTATIONS)
+        check_whole("success_hold", success_hold)
+        check_choice("orientation", orientation, ORIENTATIONS)
         self.world = world
         self.success_hold = success_hold
         self.image_size = image_size
@@ -83,6 +89,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._images = OffscreenRenderer(image_size, render_quality, VISIBLE_GROUPS)
         self._video = OffscreenRenderer(render_size, render_quality, VISIBLE_GROUPS)
         self._drawing = False
+        self._closed = False
         self._running = False
         self._success = False
         self._held = 0
@@ -159,6 +166,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
     def model_xml(self) -> str:
         """The model as MJCF text, with the paths of this machine, as robosuite's recorders keep."""
+        self._check_open()
         mujoco = import_mujoco(self.world)
         # MuJoCo writes the description that it loaded last, with the numbers of the given model.
         mujoco.MjModel.from_xml_string(self._sim.model.get_xml())
@@ -182,7 +190,10 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
 
         Raises:
             InvalidInputError: An option does not exist or is not valid.
+            ClosedEnvironmentError: :meth:`close` was called.
+            PlacementError: The objects do not fit, however they are placed.
         """
+        self._check_open()
         super().reset(seed=seed)
         chosen = self._checked_options(dict(options or {}))
         if seed is None:
@@ -212,12 +223,13 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             InvalidInputError: The action has another shape, or holds NaN or infinity.
             ResetNeeded: The episode has not begun or is over.
         """
+        self._check_open()
         if not self._running:
             raise gymnasium.error.ResetNeeded(
                 f"{self.world}: the episode has not begun or has ended in success. "
                 "Call env.reset() before env.step()."
             )
-        values = self._checked_action(action)
+        values = checked_action(self.world, self.action_space.shape, action)
         self._drawing = True
         _, reward, _, _ = self._sim.step(values)
         self._held = self._held + 1 if self._reached() else 0
@@ -242,6 +254,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                 f"render() does nothing: make {self.world} with render_mode='rgb_array'."
             )
             return None
+        self._check_open()
         return self._video.render(self.model, self.data, self.video_camera)
 
     def close(self) -> None:
@@ -250,17 +263,28 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._video.close()
         if getattr(self, "_sim", None) is not None and self._sim.sim is not None:
             self._sim.close()
-        self._running = False
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise gymnasium.error.ClosedEnvironmentError(
+                f"{self.world} is closed, and only environments that are open can be reset, "
+                "stepped or drawn. Make a new one with gymnasium.make."
+            )
 
     def _restart(self) -> None:
         from robosuite.utils.errors import RandomizationError
 
-        while True:
+        for _ in range(_PLACEMENTS):
             try:
                 self._sim.reset()
                 return
             except RandomizationError:  # objects did not fit: the next draw, as LIBERO does
                 self._forget()
+        raise PlacementError(
+            f"{self.world}: the objects did not fit in {_PLACEMENTS} drawn placements. Take "
+            "another seed, or check that the meshes are those of the tested version."
+        )
 
     def _set_state(self, state: np.ndarray) -> None:
         self._sim.sim.set_state_from_flattened(state)
@@ -314,7 +338,8 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             for name, value in self._state_observation(raw).items()
         }
         for name, camera in self._cameras.items():
-            observation[name] = turned(raw[f"own_{camera}"], self.orientation)
+            image = turn_images(raw[f"own_{camera}"], "upright", self.orientation)
+            observation[name] = np.ascontiguousarray(image)
         return observation
 
     def _checked_options(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -326,82 +351,12 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                     f"Valid: {', '.join(valid)}."
                 )
         if "state" in options:
-            options["state"] = self._checked_state(options["state"])
+            options["state"] = checked_state(self.world, self.model, options["state"])
         return options
 
     def reset_options(self) -> tuple[str, ...]:
         """Names that ``reset(options=)`` may hold."""
         return ("state",)
-
-    def _checked_state(self, state: Any) -> np.ndarray:
-        array = np.asarray(state, dtype=np.float64)
-        width = 1 + self.model.nq + self.model.nv
-        if array.shape != (width,) or not np.isfinite(array).all():
-            raise InvalidInputError(
-                f"A state of {self.world} is {width} finite numbers (time, {self.model.nq} "
-                f"positions, {self.model.nv} velocities); got shape {array.shape}. States of "
-                "another task do not fit."
-            )
-        return array
-
-    def _checked_action(self, action: np.ndarray) -> np.ndarray:
-        array = np.asarray(action, dtype=np.float64)
-        if array.shape != self.action_space.shape:
-            raise InvalidInputError(
-                f"An action of {self.world} has shape {self.action_space.shape}. Got shape "
-                f"{array.shape}; pass one environment's action, not a batch."
-            )
-        if not np.isfinite(array).all():
-            raise InvalidInputError(
-                f"The action is not finite: {array.tolist()}. The agent has diverged or its "
-                "normalisation statistics are wrong; check that its training loss is finite."
-            )
-        return np.clip(array, -1.0, 1.0)
-
-
-def turned(image: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """Turns an upright image.
-
-    Args:
-        image: ``(H, W, C)``, first row at the top.
-        orientation: ``"upright"``; ``"raw"``, first row at the bottom, as OpenGL and the published
-            files have it; ``"rot180"``, what OpenVLA's training data call turned by 180 degrees:
-            ``raw`` rows and columns reversed, hence upright and mirrored left to right.
-    """
-    if orientation == "raw":
-        return np.ascontiguousarray(image[::-1])
-    if orientation == "rot180":
-        return np.ascontiguousarray(image[:, ::-1])
-    return np.ascontiguousarray(image)
-
-
-def check_choice(what: str, value: object, valid: Sequence[str]) -> None:
-    """Refuses a value that is not among the valid ones.
-
-    Raises:
-        InvalidInputError: It is not.
-    """
-    if value not in valid:
-        raise InvalidInputError(
-            f"Unknown {what} {value!r}.{suggest(str(value), valid)} Valid: {', '.join(valid)}."
-        )
-
-
-def checked_cameras(cameras: Sequence[str], valid: Sequence[str]) -> tuple[str, ...]:
-    """Camera names, checked.
-
-    Raises:
-        InvalidInputError: A single string, or a name twice.
-        UnknownNameError: A name is not valid.
-    """
-    if isinstance(cameras, str):
-        raise InvalidInputError(f"cameras is a list of names; write cameras=({cameras!r},).")
-    for camera in cameras:
-        if camera not in valid:
-            raise unknown_name("camera", camera, valid)
-    if len(set(cameras)) != len(cameras):
-        raise InvalidInputError(f"cameras has a name twice: {', '.join(cameras)}.")
-    return tuple(cameras)
 
 
 def _as_sensor(read: Callable[[], np.ndarray]) -> Callable[[Any], np.ndarray]:

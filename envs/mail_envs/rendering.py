@@ -17,7 +17,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mail_agents.errors import InvalidInputError, MissingDependencyError, require, suggest
+from mail_agents.errors import (
+    InvalidInputError,
+    MailAgentsError,
+    MissingDependencyError,
+    require,
+    suggest,
+)
 
 RenderQuality = Literal["fast", "stock"]
 _QUALITIES: tuple[str, ...] = get_args(RenderQuality)
@@ -26,6 +32,10 @@ _INSTALL_GL = (
     "On a machine without a display: 'apt-get install libegl1 libgl1 libgl1-mesa-dri' and "
     "MUJOCO_GL=egl, or 'apt-get install libosmesa6' and MUJOCO_GL=osmesa."
 )
+
+# The process that drew first. OpenGL's state does not survive a fork: in the child, even a new
+# context would wait forever for threads that only the parent has.
+_drawing_process: int | None = None
 
 _PROBE_XML = (
     "<mujoco><worldbody><camera name='c' pos='0 0 3'/><geom size='1'/></worldbody></mujoco>"
@@ -81,11 +91,28 @@ def gl_problem() -> str | None:
     return None
 
 
+class ForkedRenderingError(MailAgentsError, RuntimeError):
+    """A process that was forked from one that had drawn images was to draw one."""
+
+
+def _check_not_forked() -> None:
+    global _drawing_process
+    if _drawing_process is None:
+        _drawing_process = os.getpid()
+    if _drawing_process != os.getpid():
+        raise ForkedRenderingError(
+            "This process was forked from one that had drawn images already, and OpenGL does not "
+            "work after that. Start workers with context='spawn' (AsyncVectorEnv(..., "
+            "context='spawn')), or make the vector environment before anything is rendered."
+        )
+
+
 class OffscreenRenderer:
     """Renders square RGB images of a MuJoCo model.
 
     The OpenGL context is created at the first :meth:`render`, in the process that calls it, so an
-    environment may be constructed before a worker process is forked. It is rebuilt when another
+    environment may be constructed before a worker process is forked, but none may have drawn by
+    then. It is rebuilt when another
     model is passed (some simulators reload theirs at reset) and freed by :meth:`close` or at exit.
 
     Args:
@@ -108,7 +135,7 @@ class OffscreenRenderer:
         self._model: Any = None
         self._options: Any = None
         self._groups = geom_groups
-        if not isinstance(size, int) or size < 1:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InvalidInputError(
                 f"Image size {size!r} is not valid; give a positive whole number of pixels."
             )
@@ -133,7 +160,9 @@ class OffscreenRenderer:
 
         Raises:
             MissingDependencyError: No OpenGL backend works; the message says what to install.
+            ForkedRenderingError: This process was forked from one that had drawn images.
         """
+        _check_not_forked()
         if self._model is not model:
             self.close()
             self._renderer = self._build(model)
@@ -144,7 +173,8 @@ class OffscreenRenderer:
     def close(self) -> None:
         """Frees the OpenGL context; a later :meth:`render` makes a new one."""
         renderer, self._renderer, self._model = self._renderer, None, None
-        if renderer is not None:
+        # The context belongs to the process that made it.
+        if renderer is not None and _drawing_process == os.getpid():
             renderer.close()
 
     def __del__(self) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 from mail_agents.errors import unknown_name
 from mail_agents.features import Orientation
 from mail_envs.catalogue import ROBOSUITE_TASKS
-from mail_envs.libero_setup import import_robosuite
-from mail_envs.manipulation import ManipulationEnv, checked_cameras
+from mail_envs.manipulation import ManipulationEnv
+from mail_envs.manipulation_inputs import checked_cameras
 from mail_envs.rendering import RenderQuality
+from mail_envs.robosuite_setup import import_robosuite
 from mail_wrappers.worlds import ROBOSUITE_FULL_STATE, ROBOSUITE_HAND_VELOCITIES
 
 #: Cameras that every one of these scenes has.

@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -204,3 +205,15 @@ def test_unknown_and_misplaced_orientations_are_refused():
         ImageSpace((8, 9, 3), "flipped")
     with pytest.raises(InvalidInputError, match="only images have one"):
         Feature("state", (3,), "float32", orientation="raw")
+
+
+def test_image_spaces_that_are_turned_differently_differ() -> None:
+    raw, upright = ImageSpace((8, 9, 3), "raw"), ImageSpace((8, 9, 3), "upright")
+    assert raw == ImageSpace((8, 9, 3), "raw")
+    assert raw != upright
+    plain = spaces.Box(0, 255, (8, 9, 3), np.uint8)
+    assert plain != raw
+    assert plain == ImageSpace((8, 9, 3))
+    batch = batch_space(spaces.Dict({"camera": raw}), 4)["camera"]
+    assert batch == ImageSpace((4, 8, 9, 3), "raw")
+    assert batch.orientation == "raw"

@@ -122,27 +122,33 @@ def test_equals_upstream_bit_for_bit(gl, tmp_path, suite, task, initial, protoco
         ("eye_in_hand_rgb", "robot0_eye_in_hand_image"),
     ):
         assert ours[key].std() > 10
-        # Software renderers round alike; a graphics card may be one grey level off at edges.
-        assert np.abs(ours[key].astype(int) - theirs[name]).mean() < 0.1
+        np.testing.assert_array_equal(ours[key], theirs[name])
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_first_task_of_every_suite(gl, suite):
-    env = LiberoEnv(
-        tasks_of(suite)[0], suite, image_size=24, orientation="upright", goal_state=True
-    )
-    stored = env.init_states
-    assert stored.shape == (50, len(env.flat_state()))
-    observation, info = env.reset(options={"state": stored[2]})
-    np.testing.assert_array_equal(info["state"], stored[2])
-    assert env.observation_space.contains(observation)
-    for camera in ("agentview", "eye_in_hand"):
-        image = observation[f"{camera}_rgb"]
-        assert env.observation_space[f"{camera}_rgb"].orientation == "upright"
-        assert image.std() > 10
-    assert env.goals
-    assert np.linalg.norm(observation["goal_state"][3:7]) == pytest.approx(1)
-    env.close()
+    images = {}
+    for orientation in ("raw", "upright"):
+        env = LiberoEnv(
+            tasks_of(suite)[0], suite, image_size=24, orientation=orientation, goal_state=True
+        )
+        stored = env.init_states
+        assert stored.shape == (50, len(env.flat_state()))
+        observation, info = env.reset(seed=0, options={"init_state": 2})
+        assert info["init_state"] == 2
+        assert env.observation_space.contains(observation)
+        images[orientation] = [observation[f"{c}_rgb"] for c in ("agentview", "eye_in_hand")]
+        assert env.observation_space["agentview_rgb"].orientation == orientation
+        assert env.goals
+        assert np.linalg.norm(observation["goal_state"][3:7]) == pytest.approx(1)
+        env._settle = env._refresh  # the stored state itself
+        _, info = env.reset(options={"init_state": 2})
+        np.testing.assert_array_equal(info["state"], stored[2])
+        env.close()
+    for raw, upright in zip(images["raw"], images["upright"], strict=True):
+        assert raw.std() > 10
+        np.testing.assert_array_equal(raw[::-1], upright)
+        assert not np.array_equal(raw, upright)
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space")
@@ -215,6 +221,9 @@ def test_fixtures_stand_where_a_recording_had_them():
     for bad, message in [
         ({"fixtures": {"wooden_cabinet_1": pose}}, "needs the option 'state'"),
         ({"state": states[0], "fixtures": {"wooden_cabinet_1": pose[:3]}}, "position"),
+        ({"state": states[0], "fixtures": {"wooden_cabinet_1": "here"}}, "position"),
+        ({"state": states[0], "fixtures": {"wooden_cabinet_1": [*pose[:3], 0, 0, 0, 0]}}, "zero"),
+        ({"state": states[0], "fixtures": [1]}, "poses by name"),
     ]:
         with pytest.raises(InvalidInputError, match=message):
             env.reset(options=bad)
@@ -263,6 +272,37 @@ def test_options_are_checked(milk):
     ]:
         with pytest.raises(InvalidInputError, match=message):
             milk.reset(options=bad)
+
+
+def test_stored_states_need_a_world_that_starts_from_them():
+    env = LiberoEnv(MILK, "libero_object", cameras=(), initial="sampled")
+    with pytest.raises(InvalidInputError, match="Make it with initial='stored'"):
+        env.reset(options={"init_state": 1})
+    env.close()
+
+
+def test_meshes_that_lack_a_file(meshes, tmp_path, monkeypatch):
+    for part in meshes.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "scenes").unlink()
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "other.xml").touch()
+    monkeypatch.setenv("MAIL_AGENTS_LIBERO_ASSETS", str(tmp_path))
+    code = f"from mail_envs.libero import LiberoEnv; LiberoEnv({MILK!r}, 'libero_object')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert "InvalidInputError" in last
+    for part in (
+        f"{tmp_path}/scenes/",
+        f"{tmp_path} (from MAIL_AGENTS_LIBERO_ASSETS)",
+        "git clone",
+    ):
+        assert part in last
 
 
 def test_what_files_say_about_the_world(milk):

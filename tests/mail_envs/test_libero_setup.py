@@ -1,5 +1,6 @@
 """LIBERO is found, imported and given its meshes without questions, downloads or writing."""
 
+import importlib.metadata
 import logging
 import os
 import random
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from mail_agents.errors import CorruptFileError, InvalidInputError, MissingDependencyError
-from mail_envs import libero_setup
+from mail_envs import libero_setup, robosuite_setup
 from mail_envs.libero_protocols import PROTOCOLS, protocol_named
 
 PARTS = (
@@ -29,6 +30,7 @@ PARTS = (
 def make_assets(folder: Path) -> Path:
     for part in PARTS:
         (folder / part).mkdir(parents=True)
+        (folder / part / "something").touch()
     return folder
 
 
@@ -80,6 +82,10 @@ def test_default_config_of_libero_names_no_meshes(package, tmp_path, monkeypatch
 
 def test_incomplete_meshes_are_refused_by_what_is_missing(package, tmp_path, monkeypatch):
     folder = make_assets(tmp_path / "given")
+    (folder / "textures" / "something").unlink()
+    monkeypatch.setenv("MAIL_AGENTS_LIBERO_ASSETS", str(folder))
+    with pytest.raises(InvalidInputError, match="lacks textures"):
+        libero_setup.asset_folder()
     (folder / "textures").rmdir()
     monkeypatch.setenv("MAIL_AGENTS_LIBERO_ASSETS", str(folder))
     with pytest.raises(InvalidInputError, match="lacks textures"):
@@ -94,6 +100,9 @@ def test_incomplete_meshes_are_refused_by_what_is_missing(package, tmp_path, mon
     monkeypatch.delenv("MAIL_AGENTS_LIBERO_ASSETS")
     write_config(tmp_path / "config", f"assets: {folder}\n", monkeypatch)
     with pytest.raises(InvalidInputError, match=r"'assets' in .*config\.yaml"):
+        libero_setup.asset_folder()
+    write_config(tmp_path / "config", f"assets: {tmp_path}/nowhere\n", monkeypatch)
+    with pytest.raises(InvalidInputError, match=r"'assets' in .*config\.yaml is .*not a folder"):
         libero_setup.asset_folder()
 
 
@@ -112,6 +121,17 @@ def test_libero_that_is_not_installed(monkeypatch, tmp_path):
         assert line in str(caught.value)
 
 
+def test_another_distribution_of_libero(package, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAIL_AGENTS_LIBERO_ASSETS", str(make_assets(tmp_path / "given")))
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(libero_setup.importlib.metadata, "version", missing)
+    with pytest.raises(MissingDependencyError, match=r"pip install --no-deps hf-libero==0\.1\.4"):
+        libero_setup.import_libero()
+
+
 def test_fingerprint_sees_a_changed_file(tmp_path):
     folder = make_assets(tmp_path / "assets")
     (folder / "textures" / "a.png").write_bytes(b"1")
@@ -128,18 +148,18 @@ def test_global_generators_are_seeded_and_restored():
     expected = np.random.rand(), random.random()
     np.random.seed(5)
     random.seed(5)
-    with libero_setup.global_random(3):
+    with robosuite_setup.global_random(3):
         inside = np.random.rand()
     assert (np.random.rand(), random.random()) == expected
-    with libero_setup.global_random(3):
+    with robosuite_setup.global_random(3):
         assert np.random.rand() == inside
-    with libero_setup.global_random(2**40 + 3):
+    with robosuite_setup.global_random(2**40 + 3):
         assert np.random.rand() != inside
     assert inside == np.random.RandomState(3).rand()  # what LIBERO's env.seed(3) gives
 
 
 def test_the_log_file_in_tmp_is_not_opened(tmp_path):
-    with libero_setup._no_log_file():
+    with robosuite_setup._no_log_file():
         handler = logging.FileHandler("/tmp/robosuite.log")
         other = logging.FileHandler(tmp_path / "other.log")
     other.close()
@@ -210,6 +230,8 @@ assert "torch" not in sys.modules
         "HOME": str(home),
         "TMPDIR": str(tmp_path),
     }
+    for name in ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        del environment[name]
     environment.setdefault("MUJOCO_GL", "egl")
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -222,8 +244,8 @@ assert "torch" not in sys.modules
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "robosuite" not in done.stderr
-    assert not (home / ".libero").exists()
-    assert not list(tmp_path.glob("mail-agents-libero-*"))
+    assert not list(home.iterdir())
+    assert not list(tmp_path.glob("mail-agents-*"))
 
 
 def test_protocols():

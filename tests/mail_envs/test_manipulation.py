@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from mail_agents.errors import InvalidInputError, UnknownNameError
-from mail_envs.libero_setup import import_robosuite
-from mail_envs.manipulation import ManipulationEnv, checked_cameras, turned
+from mail_envs import manipulation
+from mail_envs.manipulation import ManipulationEnv, PlacementError
+from mail_envs.manipulation_inputs import checked_cameras
+from mail_envs.robosuite_setup import import_robosuite
 
 # Not importorskip: a plain import prints, and opens a log file in /tmp.
 if importlib.util.find_spec("robosuite") is None:
@@ -37,6 +39,7 @@ class PretendedSim:
         self._model = self
         self._data = PretendedData()
         self.nq = self.nv = 2
+        self.jnt_type = self.jnt_qposadr = ()
         self._observables: dict[str, Any] = {}
         self.steps = 0
         self.placements = 0
@@ -128,6 +131,29 @@ def test_placement_is_drawn_again_until_it_fits_and_the_seed_decides():
     )
 
 
+def test_placements_that_never_fit_are_given_up(monkeypatch):
+    from robosuite.utils.errors import RandomizationError
+
+    def fail(self):
+        raise RandomizationError("objects do not fit")
+
+    monkeypatch.setattr(manipulation, "_PLACEMENTS", 3)
+    env = Pretended()
+    monkeypatch.setattr(PretendedSim, "reset", fail)
+    with pytest.raises(PlacementError, match="pretended/x: the objects did not fit in 3"):
+        env.reset(seed=0)
+
+
+def test_a_closed_environment_says_so():
+    env = Pretended(render_mode="rgb_array")
+    env.reset(seed=0)
+    env.close()
+    env.close()
+    for use in (env.reset, env.render, env.model_xml, lambda: env.step(np.zeros(2))):
+        with pytest.raises(gymnasium.error.ClosedEnvironmentError, match="pretended/x is closed"):
+            use()
+
+
 def test_actions_are_checked_and_keep_double_precision():
     env = Pretended()
     with pytest.raises(gymnasium.error.ResetNeeded, match="has not begun"):
@@ -147,7 +173,7 @@ def test_options_are_checked():
     env = Pretended()
     with pytest.raises(InvalidInputError, match=r"no reset option 'init_state'.*Valid: state"):
         env.reset(options={"init_state": 1})
-    for bad in (np.zeros(4), np.full(5, np.nan)):
+    for bad in (np.zeros(4), np.full(5, np.nan), "abc", None, [[1], [2, 3]]):
         with pytest.raises(InvalidInputError, match="5 finite numbers"):
             env.reset(options={"state": bad})
 
@@ -155,8 +181,11 @@ def test_options_are_checked():
 def test_arguments_are_checked():
     with pytest.raises(InvalidInputError, match="render mode 'human'"):
         Pretended(render_mode="human")
-    with pytest.raises(InvalidInputError, match="success_hold is -1"):
-        Pretended(success_hold=-1)
+    for bad in (-1, 1.5, True, "2"):
+        with pytest.raises(InvalidInputError, match=r"success_hold is .*whole number"):
+            Pretended(success_hold=bad)
+    with pytest.raises(InvalidInputError, match="Image size True"):
+        Pretended(image_size=True)
     with pytest.raises(InvalidInputError, match="Did you mean 'upright'"):
         Pretended(orientation="uprigth")
     with pytest.raises(InvalidInputError, match="Image size 0"):
@@ -176,12 +205,3 @@ def test_render_without_a_mode_warns():
     env.reset(seed=0)
     with pytest.warns(UserWarning, match="render_mode='rgb_array'"):
         assert env.render() is None
-
-
-def test_orientations():
-    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    assert turned(image, "upright").tolist() == image.tolist()
-    assert turned(image, "raw")[:, :, 0].tolist() == [[6, 9], [0, 3]]
-    # OpenVLA: raw[::-1, ::-1].
-    np.testing.assert_array_equal(turned(image, "rot180"), turned(image, "raw")[::-1, ::-1])
-    assert all(turned(image, way).flags.c_contiguous for way in ("raw", "upright", "rot180"))

@@ -1,5 +1,6 @@
 """Images: upright, equal to upstream when asked, quiet at exit, explained when impossible."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -20,10 +21,16 @@ def make(**kwargs: Any) -> gymnasium.Env:
     return gymnasium.make("mail_envs:metaworld/drawer-open-v3", **kwargs)
 
 
-def _python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+def _python(
+    code: str, timeout: float | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": ":".join(sys.path), **env}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=timeout,
     )
 
 
@@ -126,6 +133,30 @@ def test_no_display_no_variable_no_close_no_noise() -> None:
     result = _python(f"{LOOK}; print(e.reset(seed=0)[0]['corner2'].shape)")
     assert (result.returncode, result.stdout.strip()) == (0, "(128, 128, 3)"), result.stderr
     assert result.stderr == ""
+
+
+FORK = """
+import gymnasium
+make = lambda: gymnasium.make("mail_envs:metaworld/reach-v3", cameras=("corner2",), image_size=8)
+first = gymnasium.vector.AsyncVectorEnv([make])
+first.reset(seed=0)
+env = make()
+env.reset(seed=0)
+env.close()
+first.step(first.action_space.sample())
+print("made before drawing: works", flush=True)
+gymnasium.vector.AsyncVectorEnv([make]).reset(seed=0)
+"""
+
+
+@pytest.mark.usefixtures("gl")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_drawing_in_a_child_of_a_process_that_drew_is_refused() -> None:
+    result = _python(FORK, timeout=60)
+    assert result.stdout.strip() == "made before drawing: works"
+    assert result.returncode == 1
+    assert "ForkedRenderingError" in result.stderr
+    assert "context='spawn'" in result.stderr
 
 
 def test_without_opengl_states_work_and_images_explain() -> None:
