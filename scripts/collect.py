@@ -24,23 +24,31 @@ import gymnasium
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Column, Table
 
 from mail_agents.data.store import StoreDataset, StoreWriter, open_dataset
 from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.features import FeatureSpec
 from mail_envs.catalogue import env_spec_dict
-from mail_envs.experts import (
-    collect_episodes,
-    collection_kwargs,
-    make_expert,
-    parse_env_kwargs,
-    resolve_tasks,
-    worker_pool,
-)
+from mail_envs.command_line import check_env_kwargs, parse_env_kwargs, resolve_tasks
+from mail_envs.experts import collect_episodes, collection_kwargs, make_expert, worker_pool
 
 console = Console(soft_wrap=True)
+
+_REFUSED = {
+    "cameras": "--cameras says which to record",
+    "image_size": "--image-size says it",
+    "success_hold": "--success-hold says it",
+    "initial": "demonstrations start from new placements, never from states of the evaluation",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Args:
     def policy_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the environments that policies act in."""
         own = {"cameras": list(self.cameras), "image_size": self.image_size}
-        return {**own, **parse_env_kwargs(self.env_kwargs)}
+        return {**own, **parse_env_kwargs(self.env_kwargs, _REFUSED)}
 
     def expert_kwargs(self, env_id: str) -> dict[str, Any]:
         """Keyword arguments of the environment that the expert acts in."""
@@ -92,9 +100,7 @@ class Args:
         """What the data are; an interrupted collection is continued only when this is the same."""
         return {
             "kind": "scripted-expert",
-            "tasks": [
-                env_id.partition(":")[2].removeprefix("metaworld/") for env_id in worlds.values()
-            ],
+            "tasks": [short_name(env_id) for env_id in worlds.values()],
             "episodes": self.episodes,
             "noise_std": self.noise_std,
             "seed": self.seed,
@@ -102,14 +108,14 @@ class Args:
         }
 
 
-def name(env_id: str) -> str:
+def short_name(env_id: str) -> str:
     """How --tasks names an environment: reach-v3, libero_object/<task>."""
     return env_id.partition(":")[2].removeprefix("metaworld/")
 
 
 def next_attempt(completed: set[str], task: str) -> int:
     """Index after the last attempt of a task that is in the dataset already."""
-    attempts = [int(name.rpartition("/")[2]) for name in completed if name.startswith(f"{task}/")]
+    attempts = [int(key.rpartition("/")[2]) for key in completed if key.startswith(f"{task}/")]
     return max(attempts, default=-1) + 1
 
 
@@ -131,6 +137,7 @@ def main(args: Args) -> StoreDataset:
             f"There is nothing to collect: give at least one task and at least 1 episode, "
             f"for example --tasks reach-v3 --episodes 20 (got {len(worlds)} and {args.episodes})."
         )
+    check_env_kwargs(worlds.values(), args.policy_kwargs)
     specs, features = check_worlds(worlds, args)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(
@@ -147,7 +154,7 @@ def main(args: Args) -> StoreDataset:
     with writer, worker_pool(args.workers) as pool, progress:
         bar = progress.add_task("", total=len(worlds) * args.episodes)
         for task, env_id in worlds.items():
-            done = sum(name.startswith(f"{task}/") for name in writer.completed)
+            done = sum(key.startswith(f"{task}/") for key in writer.completed)
             progress.update(bar, advance=done, description=task)
             if done == args.episodes:
                 continue
@@ -174,7 +181,11 @@ def check_worlds(worlds: Mapping[str, str], args: Args) -> tuple[dict[str, dict]
     """Environment specs by task and what all of them observe, before anything is written."""
     specs: dict[str, dict] = {}
     features: dict[str, FeatureSpec] = {}
-    for task, env_id in worlds.items():
+    terminal = sys.stdout.isatty()
+    if not terminal:
+        console.print(f"Making {len(worlds)} environments, to check that they fit together.")
+    items = track(list(worlds.items()), "checking tasks", console=console, disable=not terminal)
+    for task, env_id in items:
         specs[task], features[task] = describe(env_id, args)
         first = next(iter(features))
         if features[task] != features[first]:

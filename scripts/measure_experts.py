@@ -22,16 +22,17 @@ from rich.console import Console
 
 from mail_agents.errors import InvalidInputError, MailAgentsError, UnknownNameError
 from mail_agents.report.stats import wilson_interval
-from mail_envs.experts import (
-    collect_episodes,
-    collection_kwargs,
-    make_expert,
-    parse_env_kwargs,
-    resolve_tasks,
-    worker_pool,
-)
+from mail_envs.command_line import check_env_kwargs, parse_env_kwargs, resolve_tasks
+from mail_envs.experts import collect_episodes, collection_kwargs, make_expert, worker_pool
 
 console = Console(soft_wrap=True)
+
+_REFUSED = {
+    "cameras": "experts are measured without images",
+    "image_size": "experts are measured without images",
+    "success_hold": "--success-hold says it",
+    "initial": "attempts start where those of scripts/collect.py do, from new placements",
+}
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,15 @@ def measure(args: Args) -> Iterator[Row]:
             f"There is nothing to measure: give at least one task and at least 1 attempt, for "
             f"example --tasks reach-v3 (got {len(worlds)} and {args.attempts})."
         )
+    given = parse_env_kwargs(args.env_kwargs, _REFUSED)
+    check_env_kwargs(worlds.values(), given)
     with worker_pool(args.workers) as pool:
         for env_id in worlds.values():
             kwargs = {
                 **collection_kwargs(env_id),
                 "cameras": [],
                 "success_hold": args.success_hold,
-                **parse_env_kwargs(args.env_kwargs),
+                **given,
             }
             world = env_id.partition(":")[2]
             reason = missing_expert(env_id, kwargs)

@@ -6,11 +6,10 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
-import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -20,9 +19,9 @@ import numpy as np
 
 from mail_agents.data.env_specs import importable_id
 from mail_agents.data.episode import Episode
+from mail_agents.env_workers import ignoring_interrupts
 from mail_agents.errors import InvalidInputError, MailAgentsError, require, unknown_name
 from mail_agents.seeding import derive_env_seed
-from mail_envs import METAWORLD_TASKS, list_worlds
 from mail_wrappers.record import RecordEpisodes
 
 #: Attempts per wanted episode before :func:`collect_episodes` gives up.
@@ -117,55 +116,6 @@ def collection_kwargs(env_id: str) -> dict[str, Any]:
     the evaluation stay unseen.
     """
     return {"initial": "sampled"} if world_of(env_id) == "libero" else {}
-
-
-def resolve_tasks(patterns: Sequence[str]) -> dict[str, str]:
-    """Environment ids by task name, in the order given, patterns replaced by what they match.
-
-    Args:
-        patterns: Shell-style patterns for the part after ``mail_envs:``, for example
-            ``"libero_object/*"``; without a slash they are Meta-World's (``"door-*"``).
-
-    Raises:
-        UnknownNameError: A pattern matches nothing.
-        InvalidInputError: Two environments have the same task name.
-    """
-    tasks: dict[str, str] = {}
-    for pattern in patterns:
-        found = list_worlds(pattern if "/" in pattern else f"metaworld/{pattern}")
-        if not found:
-            raise _unknown_task(pattern)
-        for env_id in found:
-            other = tasks.setdefault(env_id.rpartition("/")[2], env_id)
-            if other != env_id:
-                raise InvalidInputError(
-                    f"{env_id} and {other} have the same task name, which a dataset cannot tell "
-                    "apart. Collect them into different datasets."
-                )
-    return tasks
-
-
-def _unknown_task(pattern: str) -> MailAgentsError:
-    if "/" not in pattern:
-        hint = "Tasks of other worlds are named with their suite, as in 'libero_object/*'."
-        return unknown_name("Meta-World task", pattern, METAWORLD_TASKS, hint)
-    suite = pattern.partition("/")[0]
-    names = [env_id.partition(":")[2] for env_id in list_worlds()]
-    suites = sorted({name.partition("/")[0] for name in names})
-    if suite not in suites:
-        return unknown_name("world", suite, suites)
-    return unknown_name("task", pattern, [n for n in names if n.startswith(f"{suite}/")])
-
-
-def parse_env_kwargs(given: Mapping[str, str]) -> dict[str, Any]:
-    """Keyword arguments from a command line, each value in JSON where it parses, else text."""
-    kwargs: dict[str, Any] = {}
-    for name, value in given.items():
-        try:
-            kwargs[name] = json.loads(value)
-        except json.JSONDecodeError:
-            kwargs[name] = value
-    return kwargs
 
 
 def make_expert(env: gymnasium.Env) -> ScriptedExpert:
@@ -331,29 +281,13 @@ def worker_pool(workers: int) -> Iterator[Executor | None]:
     # Spawned, because an OpenGL context does not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_watch_parent)
-    with _ignoring_interrupts():
+    with ignoring_interrupts():
         for _ in range(workers):
             pool.submit(os.getpid)  # while none is idle, every task starts a process
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C, from their first instruction on.
-
-    Ctrl-C reaches the whole process group, and only the parent decides what it means.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set signal handlers
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _watch_parent() -> None:

@@ -57,9 +57,9 @@ class LiberoExpert(PlannedExpert):
             if goal[0].lower() not in _PLACEMENTS or not self._movable(goal[1]):
                 raise InvalidInputError(
                     f"The scripted expert only picks and places, and "
-                    f"{env.get_wrapper_attr('world')} wants '{' '.join(goal)}'. Choose a task of "
-                    "libero_object or libero_spatial, or convert human demonstrations: "
-                    "mail-agents data convert libero:DIR OUT."
+                    f"{env.get_wrapper_attr('world')} wants '{' '.join(goal)}'. "
+                    "scripts/measure_experts.py tells which tasks it does how often; for others "
+                    "convert human demonstrations: mail-agents data convert libero:DIR OUT."
                 )
 
     def _movable(self, name: str) -> bool:

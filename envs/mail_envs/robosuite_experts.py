@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from mail_agents.errors import unknown_name
+from mail_agents.errors import InvalidInputError
 from mail_envs.grasps import Grasp, about_z, aligned_yaws, plan_grasps
 from mail_envs.pick_place import CLOSE, OPEN, Motion, PlannedExpert
 
@@ -164,9 +164,12 @@ def robosuite_expert(env: gymnasium.Env) -> PlannedExpert:
     """The expert of a ``robosuite/<task>`` environment.
 
     Raises:
-        UnknownNameError: There is none for this task.
+        InvalidInputError: There is none for this task.
     """
     task = env.get_wrapper_attr("task")
     if task not in _EXPERTS:
-        raise unknown_name("robosuite task with a scripted expert", task, _EXPERTS)
+        raise InvalidInputError(
+            f"There is no scripted expert for robosuite/{task}, only for {', '.join(_EXPERTS)}. "
+            "Human demonstrations: mail-agents data convert robomimic:DIR OUT."
+        )
     return _EXPERTS[task](env)

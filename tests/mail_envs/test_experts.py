@@ -10,15 +10,14 @@ import pytest
 from mail_agents.data.episode import Episode
 from mail_agents.errors import InvalidInputError, UnknownNameError
 from mail_agents.seeding import derive_env_seed
-from mail_envs import experts
+from mail_envs import command_line, experts
+from mail_envs.command_line import check_env_kwargs, parse_env_kwargs, resolve_tasks
 from mail_envs.experts import (
     ExpertFailedError,
     MetaWorldExpert,
     collect_episodes,
     collection_kwargs,
     make_expert,
-    parse_env_kwargs,
-    resolve_tasks,
     run_attempt,
     worker_pool,
 )
@@ -207,7 +206,7 @@ def test_unknown_tasks(pattern: str, message: str) -> None:
 
 
 def test_one_name_for_two_environments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "list_worlds", lambda pattern: [f"mail_envs:{pattern}"])
+    monkeypatch.setattr(command_line, "list_worlds", lambda pattern: [f"mail_envs:{pattern}"])
     with pytest.raises(InvalidInputError, match="same task name"):
         resolve_tasks(["libero_10/x", "libero_90/x"])
 
@@ -218,8 +217,18 @@ def test_demonstrations_of_libero_leave_the_stored_states_alone() -> None:
 
 
 def test_keyword_arguments_from_a_command_line() -> None:
-    given = {"goal_state": "true", "image_size": "64", "orientation": "raw"}
-    assert parse_env_kwargs(given) == {"goal_state": True, "image_size": 64, "orientation": "raw"}
+    given = {"goal_state": "true", "render_size": "64", "orientation": "raw"}
+    expected = {"goal_state": True, "render_size": 64, "orientation": "raw"}
+    assert parse_env_kwargs(given, {}) == expected
+    with pytest.raises(InvalidInputError, match="may not hold 'cameras': a reason"):
+        parse_env_kwargs({"cameras": "[]"}, {"cameras": "a reason"})
+
+
+def test_keyword_arguments_that_no_world_takes() -> None:
+    check_env_kwargs([REACH], ["cameras", "max_episode_steps"])
+    for name in ("goal_state", "task"):  # the id says which task
+        with pytest.raises(UnknownNameError, match=rf"reach-v3 '{name}'.*image_size"):
+            check_env_kwargs([REACH], [name])
 
 
 def test_worlds_without_an_expert() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mail_agents.data.episode import Episode
-from mail_agents.errors import InvalidInputError, UnknownNameError
+from mail_agents.errors import InvalidInputError
 from mail_envs.experts import collect_episodes, make_expert, run_attempt
 from mail_envs.grasps import Scene, about_z
 from mail_envs.pick_place import Hand, PlannedExpert, rotation_vector
@@ -71,7 +71,7 @@ def test_robosuite_experts(task: str) -> None:
 
 def test_robosuite_tasks_without_an_expert() -> None:
     env = gymnasium.make("mail_envs:robosuite/Door")
-    with pytest.raises(UnknownNameError, match=r"'Door'.*Lift"):
+    with pytest.raises(InvalidInputError, match=r"no scripted expert for robosuite/Door.*Lift"):
         make_expert(env)
     env.close()
 
@@ -134,6 +134,6 @@ def test_libero_expert_starts_from_stored_states_too_and_tries_again() -> None:
 @pytest.mark.usefixtures("libero_assets")
 def test_goals_beyond_the_libero_expert_are_named() -> None:
     env = gymnasium.make("mail_envs:libero_goal/turn_on_the_stove", cameras=[])
-    with pytest.raises(InvalidInputError, match="libero_goal/turn_on_the_stove wants 'turnon"):
+    with pytest.raises(InvalidInputError, match=r"stove wants 'turnon.*measure_experts"):
         make_expert(env)
     env.close()

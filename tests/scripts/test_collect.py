@@ -57,6 +57,7 @@ def test_collects_and_refuses_to_overwrite(
     printed = collect(command, environment, *TASKS, "--output", str(path), "--noise-std", "0.1")
     assert str(path) in printed
     assert "drawer-close-v3" in printed
+    assert printed.startswith("Making 2 environments")
     assert "100%" in printed
     dataset = open_dataset(path)
     assert all("success_hold" not in s["kwargs"] for s in dataset.info.env_specs.values())
@@ -146,6 +147,9 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(
         (["--tasks", "reach-v3", "--episodes", "0"], "at least 1"),
         (["--tasks", "reach-v3", "--workers", "0"], "at least 1"),
         (["--tasks", "libero_objects/*"], "Did you mean 'libero_object'"),
+        (["--tasks", "reach-v3", "--env-kwargs", "initial", "stored"], "states of the evaluation"),
+        (["--tasks", "reach-v3", "--env-kwargs", "success_hold", "0"], "--success-hold"),
+        (["--tasks", "reach-v3", "--env-kwargs", "goal_state", "true"], "'goal_state'"),
     ],
 )
 def test_mistakes_are_explained(

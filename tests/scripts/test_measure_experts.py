@@ -19,7 +19,7 @@ def test_measures_and_writes(scripts, tmp_path: Path) -> None:
     assert (reach["solved"], reach["attempts"]) == (3, 3)
     assert reach["steps"] > 10
     assert door["attempts"] == 0
-    assert "'Door'" in door["reason"]
+    assert "no scripted expert for robosuite/Door" in door["reason"]
     assert report["settings"]["attempts"] == 3
     table = (tmp_path / "experts.md").read_text()
     assert "| robosuite/Door | - | no expert | - |" in table
@@ -41,6 +41,8 @@ def test_mistakes_are_explained(scripts, tmp_path: Path) -> None:
     for arguments, message in (
         (["--tasks", "reach-v2"], "Did you mean 'reach-v3'"),
         (["--tasks", "reach-v3", "--attempts", "0"], "at least 1 attempt"),
+        (["--tasks", "reach-v3", "--env-kwargs", "cameras", "[]"], "without images"),
+        (["--tasks", "reach-v3", "--env-kwargs", "goal_state", "true"], "'goal_state'"),
     ):
         status, printed = scripts.run(tmp_path, "measure_experts", *arguments)
         assert status == 1
