@@ -18,10 +18,10 @@ from mail_agents.data.dataset import TrajectoryDataset
 from mail_agents.data.env_specs import recorded_start, recording_kwargs
 from mail_agents.data.episode import Episode
 from mail_agents.data.sim_states import narrow_states
-from mail_agents.errors import InvalidInputError, StorageError
+from mail_agents.errors import InvalidInputError
 from mail_agents.features import FeatureSpec, Orientation
 from mail_wrappers.datasets.robomimic_facts import GYM
-from mail_wrappers.datasets.robomimic_file import EXTRAS
+from mail_wrappers.datasets.robomimic_file import EXTRAS, created, storing
 from mail_wrappers.images import turn_images
 
 _SIMULATED = ("mail_envs:libero_", "mail_envs:robosuite/")
@@ -84,13 +84,13 @@ def _write(dataset: TrajectoryDataset, output: Path, *, libero: bool) -> Path:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with _storing(output):
+        with storing(output):
             partial.mkdir(parents=True)
             _check_space(partial, needed)
         for task, name in names.items():
-            with _created(partial / name, output) as file:
+            with created(partial / name, output) as file:
                 _TaskFile(dataset, task, libero, output).write(file)
-        with _storing(output):
+        with storing(output):
             if output.is_dir():
                 output.rmdir()
             os.rename(partial, output)
@@ -104,29 +104,6 @@ def _write(dataset: TrajectoryDataset, output: Path, *, libero: bool) -> Path:
             stacklevel=3,
         )
     return output
-
-
-@contextlib.contextmanager
-def _storing(output: Path) -> Iterator[None]:
-    """Explains errors of the file system; nothing but writing may be inside."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # HDF5 raises either when the disk is full
-        raise StorageError(
-            f"Cannot write {output}, nothing was put there: {error}. Free space or choose another "
-            "place, then run the command again."
-        ) from error
-
-
-@contextlib.contextmanager
-def _created(path: Path, output: Path) -> Iterator[h5py.File]:
-    with _storing(output):
-        file = h5py.File(path, "w")
-    try:
-        yield file
-    finally:
-        with _storing(output):
-            file.close()
 
 
 def _check_keys(features: FeatureSpec) -> None:
@@ -221,7 +198,7 @@ class _TaskFile:
         attributes: Mapping[str, Any],
         arrays: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        with _storing(self.output):
+        with storing(self.output):
             for name, value in attributes.items():
                 texts = isinstance(value, list) and np.asarray(value).dtype.kind == "U"
                 group.attrs[name] = np.array(value, h5py.string_dtype()) if texts else value

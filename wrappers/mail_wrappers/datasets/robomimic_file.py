@@ -1,15 +1,16 @@
 """Groups, arrays and attributes of one demonstration file, with errors that name file and key."""
 
+import contextlib
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from mail_agents.errors import CorruptFileError, InvalidInputError
+from mail_agents.errors import CorruptFileError, InvalidInputError, StorageError
 
 #: Attribute of ``data`` in which this project keeps what the layout has no place for.
 EXTRAS = "mail_agents"
@@ -250,3 +251,31 @@ def fixtures(path: Path, demo: h5py.Group) -> dict[str, list[float]]:
         raise CorruptFileError(
             f"{path}: attribute model_file of {demo.name} is not a MuJoCo model ({error})."
         ) from error
+
+
+@contextlib.contextmanager
+def storing(output: Path) -> Iterator[None]:
+    """Explains errors of the file system; nothing but writing may be inside.
+
+    Raises:
+        StorageError: The disk is full or the place cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # HDF5 raises either when the disk is full
+        raise StorageError(
+            f"Cannot write {output}, nothing was put there: {error}. Free space or choose another "
+            "place, then run the command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def created(path: Path, output: Path) -> Iterator[h5py.File]:
+    """A new file, a part of ``output``; see :func:`storing`."""
+    with storing(output):
+        file = h5py.File(path, "w")
+    try:
+        yield file
+    finally:
+        with storing(output):
+            file.close()
