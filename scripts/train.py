@@ -29,17 +29,16 @@ from mail_agents.data.dataset import split_episodes
 from mail_agents.errors import InvalidInputError
 from mail_agents.suite import evaluation_directory
 from mail_agents.training.distributed import Team, run_team_script
+from mail_agents.training.notes import aims, trainable_parameters, training_notes
 from mail_agents.training.runs import Run, RunArguments
 from mail_agents.training.session import (
-    aims,
     evaluator,
     finish_run,
     open_run,
     reading_ahead,
     start_training,
-    trainable_parameters,
-    training_notes,
     validation_loss,
+    what_is_kept,
 )
 from mail_agents.training.step import gradients
 
@@ -100,7 +99,7 @@ def main(args: Args, team: Team) -> None:
             if not torch.isfinite(loss):
                 raise InvalidInputError(
                     f"The loss became {loss.item()} at step {step}. Lower --config.optim.lr or set "
-                    f"--config.optim.grad-clip; checkpoints in {args.run_dir} are intact."
+                    f"--config.optim.grad-clip. {what_is_kept(args.run_dir)}"
                 )
             metrics = {**metrics, **agent.apply_gradients()}
 

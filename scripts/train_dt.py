@@ -29,15 +29,13 @@ from mail_agents.checkpoint import save_checkpoint
 from mail_agents.config import AgentConfig
 from mail_agents.errors import InvalidInputError
 from mail_agents.suite import evaluation_directory
+from mail_agents.training.notes import aims, trainable_parameters, training_notes
 from mail_agents.training.runs import Run, RunArguments, run_script
 from mail_agents.training.session import (
-    aims,
     evaluator,
     finish_run,
     open_run,
     start_training,
-    trainable_parameters,
-    training_notes,
 )
 from mail_baselines.config import DTConfig
 from mail_baselines.d4rl_settings import adapt, published_targets

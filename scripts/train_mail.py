@@ -3,11 +3,12 @@
     python scripts/train_mail.py --agent mail/ed-ma-ddpm --dataset data/demo --demos 10
     python scripts/train_mail.py --agent mail/ed-ma-ddpm --suite libero_object --dataset data/object
 
---suite takes everything else from the paper: sizes of the chosen variant, chunk, batch, and for
-libero_goal and libero_90 language; flags given beside it win. The recipe: one policy on all tasks
-of a dataset, 10 demonstrations per task (20% of LIBERO's 50), Adam at 5e-4, 50 epochs, EMA weights
-for the diffusion head, 20 evaluation episodes per task from fixed initial states; the score is the
-mean of task success rates after the last epoch. The eight variants are
+--suite takes everything else from the paper: the two cameras where the dataset has them, sizes of
+the chosen variant, chunk, batch, and for libero_goal and libero_90 language; flags given beside it
+win. Results are published for a history of 1 and of 5 steps only; 5 is taken. The recipe: one
+policy on all tasks of a dataset, 10 demonstrations per task (20% of LIBERO's 50), Adam at 5e-4, 50
+epochs, EMA weights for the diffusion head, 20 evaluation episodes per task from fixed initial
+states; the score is the mean of task success rates after the last epoch. The eight variants are
 mail/{d-ma,ed-ma,d-tr,ed-tr}-{bc,ddpm}; add -released for the released code's quirks (and
 --demo-selection mail_legacy for its choice of demonstrations). Expect one line per task and epoch
 of evaluation, then a table of the tasks and the suite's score. --resume RUN continues a killed run
@@ -18,9 +19,9 @@ exactly. On several GPUs, with a batch that stays that of all together:
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import numpy as np
@@ -35,9 +36,10 @@ from mail_agents.config import AgentConfig
 from mail_agents.data.dataset import TrajectoryDataset, select_demos
 from mail_agents.errors import InvalidInputError
 from mail_agents.registry import spec
-from mail_agents.suite import evaluation_directory
+from mail_agents.suite import World, evaluation_directory
 from mail_agents.training.distributed import Team, run_team_script
 from mail_agents.training.mail_suites import SUITES, Suite, suite_settings
+from mail_agents.training.notes import trainable_parameters, training_notes
 from mail_agents.training.runs import Run, RunArguments
 from mail_agents.training.session import (
     evaluator,
@@ -45,14 +47,17 @@ from mail_agents.training.session import (
     open_run,
     reading_ahead,
     start_training,
-    trainable_parameters,
-    training_notes,
+    what_is_kept,
 )
 from mail_agents.training.step import gradients
 from mail_agents.training.task_report import task_table
+from mail_envs.libero_protocols import PROTOCOLS
 from mail_wrappers.datasets.libero_names import tasks_of
 
 console = Console(soft_wrap=True)
+
+#: What the paper's agent sees; no joint angles and the like.
+CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,56 @@ def check_suite(tasks: Sequence[str], suite: str) -> str | None:
     return f"The dataset has {len(tasks)} of the {len(expected)} tasks of {suite}."
 
 
+def paper_observations(args: Args, dataset: TrajectoryDataset) -> Args:
+    """Lets the agent see what the paper's does, two cameras, where nothing else is asked for."""
+    has_cameras = set(CAMERAS) <= set(dataset.features.observations)
+    if args.suite is None or args.resume or args.observations or not has_cameras:
+        return args
+    return replace(args, observations=CAMERAS)
+
+
+def suite_notes(args: Args, dataset: TrajectoryDataset, seen: Iterable[str]) -> list[str]:
+    """Sentences on where a run with ``--suite`` is not the paper's.
+
+    Args:
+        args: With a suite.
+        dataset: Its worlds are those of the evaluation.
+        seen: Observation keys of the agent.
+
+    Raises:
+        InvalidInputError: A task is not of the suite.
+    """
+    suite = str(args.suite)
+    notes = [check_suite(dataset.info.tasks, suite)]
+    if set(seen) != set(CAMERAS):
+        notes.append(
+            f"The paper's agent sees {' and '.join(CAMERAS)}; this one sees "
+            f"{', '.join(sorted(seen))}."
+        )
+    if args.eval_episodes:
+        worlds = [World.from_spec(*each) for each in dataset.info.env_specs.items()]
+        differences = {line: None for world in worlds for line in _differences(world, suite)}
+        if differences:
+            notes.append(f"The evaluation is not the paper's protocol: {'; '.join(differences)}.")
+    return [note for note in notes if note is not None]
+
+
+def _differences(world: World, suite: str) -> list[str]:
+    """Where a world is not as the paper plays it; LIBERO's worlds are, unless told otherwise."""
+    if not world.env_id.rpartition(":")[2].startswith(f"{suite}/"):
+        return [f"{world.env_id} is no world of {suite}"]
+    protocol = PROTOCOLS["mail"]
+    lines = [
+        f"{name} is {world.kwargs[name]!r}, not {value!r}"
+        for name, value in protocol.env_kwargs.items()
+        if world.kwargs.get(name, value) != value
+    ]
+    steps = protocol.max_steps(suite)
+    if world.max_steps not in (None, steps):
+        lines.append(f"episodes end after {world.max_steps} steps, not {steps}")
+    return lines
+
+
 def select_episodes(dataset: TrajectoryDataset, args: Args) -> list[int]:
     """The training episodes: --demos of each task, in the order of the dataset."""
     chosen: list[int] = []
@@ -129,7 +184,9 @@ def main(args: Args, team: Team) -> None:
     if not args.agent.startswith("mail/"):
         raise InvalidInputError(f"{args.agent!r} is no MaIL agent; train it with scripts/train.py.")
     dataset = mail_agents.open_dataset(args.dataset)
-    missing = check_suite(dataset.info.tasks, args.suite) if args.suite else None
+    if args.suite:
+        check_suite(dataset.info.tasks, args.suite)
+    args = paper_observations(args, dataset)
     episodes = select_episodes(dataset, args)
     agent, state, windows, sampler = open_run(args, dataset, episodes, team=team)
     evaluate = evaluator(args, agent, dataset, console.print) if team.leads else None
@@ -137,9 +194,10 @@ def main(args: Args, team: Team) -> None:
     total = args.epochs * per_epoch
     first, seconds = start_training(agent, state, sampler, total)
     console.quiet = not team.leads
-    for note in (missing, *training_notes(agent, total)):
-        if note is not None:
-            console.print(f"note: {note}")
+    seen = agent.features.observations
+    published = suite_notes(args, dataset, seen) if args.suite else []
+    for note in (*published, *training_notes(agent, total)):
+        console.print(f"note: {note}")
     console.print(
         f"{args.agent}: {trainable_parameters(agent):,} parameters, {len(windows):,} windows of "
         f"{len(episodes)} demonstrations of {len(dataset.info.tasks)} tasks, "
@@ -162,8 +220,8 @@ def main(args: Args, team: Team) -> None:
             mean_loss = float(torch.stack(losses).mean())
             if not np.isfinite(mean_loss):
                 raise InvalidInputError(
-                    f"The loss became {mean_loss} in epoch {epoch + 1}. Lower --config.optim.lr; "
-                    f"the checkpoint in {args.run_dir} is intact."
+                    f"The loss became {mean_loss} in epoch {epoch + 1}. Lower --config.optim.lr. "
+                    f"{what_is_kept(args.run_dir)}"
                 )
             seconds += time.perf_counter() - clock
             done = (epoch + 1) * per_epoch
@@ -184,7 +242,8 @@ def main(args: Args, team: Team) -> None:
     result = finish_run(agent, args, tasks, total, seconds, console.print)
     if "last" in result.evaluations:
         # In a file, lines may be as long as the names of LIBERO's tasks make them.
-        table = task_table(result, f"{args.agent} after {args.epochs} epochs")
+        epochs = "1 epoch" if args.epochs == 1 else f"{args.epochs} epochs"
+        table = task_table(result, f"{args.agent} after {epochs}")
         (Console(width=200) if quiet else console).print(table)
     rates = [each.success_rate for each in final.values() if each.success_rate is not None]
     if rates:

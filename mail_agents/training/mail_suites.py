@@ -3,7 +3,8 @@
 From ``script/`` and ``config/`` of github.com/ALRhub/MaIL: sizes of the sequence models, history
 and chunk, batch, and which suites are told their task by language. Where scripts of one suite
 differ between experiments, those of the main comparison count; depths of the Transformers are the
-same everywhere. The paper trains with a history of 1 and of 5 steps; 5 is the default here.
+same everywhere. The paper trains with a history of 1 and of 5 steps, and publishes results for no
+other; 5 is the default here.
 """
 
 import re

@@ -1,9 +1,11 @@
 """scripts/train_mail.py at toy size: the paper's recipe, epoch by epoch."""
 
+import inspect
 import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import gymnasium
 import pytest
@@ -13,9 +15,11 @@ from toybox.world import ENV_ID, demonstrations
 import mail_agents
 from mail_agents.data.store import write_dataset
 from mail_agents.errors import InvalidInputError
-from mail_agents.features import FeatureSpec
+from mail_agents.features import Feature, FeatureSpec
 from mail_agents.report.results import load_results
 from mail_agents.training.runs import parse_arguments, read_metrics
+from mail_envs.libero import LiberoEnv
+from mail_envs.libero_protocols import PROTOCOLS
 from mail_wrappers.datasets.libero_names import tasks_of
 
 TINY = (
@@ -120,6 +124,7 @@ def test_a_suite_chooses_the_settings_and_flags_beside_it_win(train, tmp_path, b
     )
     assert code == 0, output
     assert "note: The dataset has 2 of the 10 tasks of libero_object." in output
+    assert "note: The paper's agent sees agentview_rgb and eye_in_hand_rgb; this one" in output
     stored = json.loads((tmp_path / "run" / "arguments.json").read_text())["arguments"]
     assert stored["suite"] == "libero_object"
     config = stored["config"]
@@ -154,6 +159,51 @@ def test_mistakes_with_suites_are_explained(train, baskets, arguments, words):
     for word in words:
         assert word in output
     assert "Traceback" not in output
+
+
+def test_the_papers_agent_sees_two_cameras(load_script):
+    script = load_script("train_mail")
+    image, state = Feature("image", (8, 8, 3), "uint8"), Feature("state", (7,), "float32")
+    keys = {"agentview_rgb": image, "eye_in_hand_rgb": image, "joint_states": state}
+
+    def chosen(keys=keys, **settings):
+        dataset = SimpleNamespace(features=FeatureSpec(keys, state))
+        args = script.Args(**{"suite": "libero_object", **settings})
+        return script.paper_observations(args, dataset).observations
+
+    assert chosen() == ("agentview_rgb", "eye_in_hand_rgb")
+    assert chosen(suite=None) == ()
+    assert chosen(observations=("joint_states",)) == ("joint_states",)
+    assert chosen(keys={"joint_states": state}) == ()
+
+
+def test_where_a_run_differs_from_the_papers_is_said(load_script):
+    script = load_script("train_mail")
+    world = {"id": f"mail_envs:libero_object/{MILK}", "kwargs": {"image_size": 128}}
+
+    def notes(seen=script.CAMERAS, episodes=20, **changes):
+        spec = {**world, **changes}
+        info = SimpleNamespace(tasks=tasks_of("libero_object"), env_specs={MILK: spec, SOUP: spec})
+        args = script.Args(suite="libero_object", eval_episodes=episodes)
+        return script.suite_notes(args, SimpleNamespace(info=info), seen)
+
+    assert notes() == notes(max_episode_steps=600) == []
+    assert notes(seen=["joint_states"]) == [
+        "The paper's agent sees agentview_rgb and eye_in_hand_rgb; this one sees joint_states."
+    ]
+    changed = {"kwargs": {"protocol": "openvla"}, "max_episode_steps": 220}
+    assert notes(**changed) == [
+        "The evaluation is not the paper's protocol: protocol is 'openvla', not 'mail'; "
+        "episodes end after 220 steps, not 600."
+    ]
+    assert notes(episodes=0, **changed) == []
+    assert "is no world of libero_object" in notes(id="toybox:point")[0]
+
+
+def test_worlds_follow_the_papers_protocol_unless_told_otherwise():
+    parameters = inspect.signature(LiberoEnv).parameters
+    for name, value in PROTOCOLS["mail"].env_kwargs.items():
+        assert parameters[name].default == value
 
 
 def test_goal_is_told_its_task(load_script):

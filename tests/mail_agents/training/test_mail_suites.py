@@ -81,6 +81,11 @@ def test_what_a_suite_decides(suite):
     assert (config.ema_decay, config.diffusion_steps) == (0.995, 16)
 
 
+def test_the_suites_are_those_of_the_worlds():
+    names = pytest.importorskip("mail_wrappers.datasets.libero_names")
+    assert sorted(SUITES) == sorted(names.SUITES)
+
+
 def test_the_released_quirks_stay():
     released = configured("mail/d-ma-bc-released", GOAL)
     assert (released.init, released.padding) == ("upstream", "none")

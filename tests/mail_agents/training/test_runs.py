@@ -323,22 +323,33 @@ def test_a_flag_may_choose_the_defaults_of_others():
     assert parse_arguments(Deep, flags).config.history == 2
 
 
-def test_torchrun_is_refused_by_scripts_for_one_process(monkeypatch):
+@pytest.fixture
+def torchrun(monkeypatch):
+    """Sets what torchrun does for a process."""
+
+    def start(size, rank=0):
+        given = {"WORLD_SIZE": size, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+        for name, value in given.items():
+            monkeypatch.setenv(name, str(value))
+
+    return start
+
+
+def test_torchrun_is_refused_by_scripts_for_one_process(monkeypatch, torchrun):
     refuse_torchrun()
     monkeypatch.setattr("sys.argv", ["scripts/collect.py"])
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    torchrun(1)
     refuse_torchrun()
-    monkeypatch.setenv("WORLD_SIZE", "4")
     for rank, code in (("0", "error: collect.py works in one process, and torchrun"), ("1", 1)):
-        monkeypatch.setenv("RANK", rank)
+        torchrun(4, rank)
         with pytest.raises(SystemExit) as caught:
             refuse_torchrun()
         assert caught.value.code == code or str(caught.value.code).startswith(str(code))
 
 
-def test_an_interrupted_team_goes_on_with_torchrun(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_team_goes_on_with_torchrun(tmp_path, monkeypatch, torchrun, capsys):
     monkeypatch.setattr("sys.argv", ["train.py"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun(2)
     (tmp_path / "arguments.json").write_text("{}")
 
     def interrupted(speaks):

@@ -17,17 +17,15 @@ from mail_agents.errors import FeatureMismatchError, InvalidInputError
 from mail_agents.report.results import load_results, save_results
 from mail_agents.report.summary import score_lines
 from mail_agents.suite import evaluation_directory
+from mail_agents.training.notes import aims, task_warning, trainable_parameters, training_notes
 from mail_agents.training.runs import RunArguments
 from mail_agents.training.session import (
-    aims,
     evaluator,
     open_agent,
     start_training,
     summarise_run,
-    task_warning,
-    trainable_parameters,
-    training_notes,
     validation_loss,
+    what_is_kept,
 )
 
 DATASET = MemoryDataset(demonstrations(4), name="toy")
@@ -180,7 +178,9 @@ def with_tasks(agent, *tasks):
 
 def test_an_agent_that_must_guess_its_task():
     assert task_warning(with_tasks(fitted(), "a")) is None
-    assert "add --config.language hash unless" in task_warning(with_tasks(fitted(), "a", "b"))
+    assert "add --config.language hash, or the id of a text model, unless" in task_warning(
+        with_tasks(fitted(), "a", "b")
+    )
     # Only where there is such a flag.
     agent = mail_agents.make("mean-action", DATASET.features, device="cpu")
     note = task_warning(with_tasks(agent, "a", "b"))
@@ -288,3 +288,13 @@ def test_evaluation_is_hosted_as_the_arguments_say(monkeypatch):
         arguments = RunArguments("mail/d-tr-ddpm", MailConfig(), eval_episodes=0, **changes)
         evaluator(arguments, fitted(), DATASET, print)()
         assert (seen["n_envs"], seen["workers"]) == expected
+
+
+def test_what_is_kept_is_only_what_there_is(tmp_path):
+    from mail_agents.checkpoint import save_checkpoint
+
+    assert what_is_kept(tmp_path) == "There is no checkpoint yet."
+    agent = fitted()
+    agent.configure_optim(4)
+    save_checkpoint(tmp_path, 1, agent, {})
+    assert "is intact" in what_is_kept(tmp_path)
