@@ -10,11 +10,14 @@ on the first --rows of them only. That makes steps shorter and thus waiting look
 it prints is an upper bound of that of whole batches, which it estimates beside it. Each step is
 timed with batches gathered when they are needed and with batches read ahead by a thread. The share
 with reading ahead is expected to stay below 5 %; the script exits with status 1 when it does not
-(--bar). Also measured: windows per second that the store can deliver.
+(--bar). Also measured: windows per second that the store can deliver. The store is dropped from the
+page cache before each measurement, as far as the system does so on request; what a measurement
+reads twice comes from memory the second time.
 """
 
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 import time
@@ -34,8 +37,9 @@ import mail_agents
 from mail_agents.agent import Agent
 from mail_agents.data import BatchSampler, Episode
 from mail_agents.data.prefetch import Prefetcher
-from mail_agents.data.store import StoreDataset, write_dataset
+from mail_agents.data.store import StoreDataset, open_dataset, write_dataset
 from mail_agents.data.views import StepView
+from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.training.distributed import Team
 from mail_agents.training.session import reading_ahead
 from mail_agents.training.step import gradients
@@ -71,6 +75,36 @@ class Args:
     """Largest acceptable share of waiting."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="JSON")] = None
     """Where to write the figures, or nothing."""
+
+
+def check(args: Args) -> None:
+    """Refuses counts that measure nothing."""
+    for name in ("rows", "steps", "batch_size", "episodes", "length", "threads"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise InvalidInputError(f"--{flag} starts at 1; got {getattr(args, name)}.")
+    if args.rows > args.batch_size:
+        raise InvalidInputError(
+            f"--rows {args.rows} are more than a batch has (--batch-size {args.batch_size})."
+        )
+
+
+def opened_cold(folder: Path) -> StoreDataset:
+    """Opens the store when the system has been asked to forget it.
+
+    It keeps what is still in use, so that whoever opened it before must have let go of it.
+    """
+    drop_cache(folder)
+    return open_dataset(folder)
+
+
+def drop_cache(folder: Path) -> None:
+    """Asks the system to forget files that were just written or read."""
+    for path in folder.rglob("*"):
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_store(args: Args, folder: Path) -> StoreDataset:
@@ -120,6 +154,18 @@ def delivered(windows: StepView, args: Args) -> float:
     return count / (time.perf_counter() - began)
 
 
+def timed(
+    agent: Agent, windows: StepView, args: Args, ahead: bool
+) -> tuple[list[float], list[float]]:
+    """Like :func:`train`, with batches read ahead or when they are needed."""
+    sampler = BatchSampler(len(windows), args.batch_size, args.seed)
+    opened = (
+        reading_ahead(agent, windows, sampler) if ahead else Prefetcher(windows, sampler, ahead=0)
+    )
+    with opened as batches:
+        return train(agent, batches, args, args.steps)
+
+
 def measure(args: Args, store: StoreDataset, history: int) -> dict[str, float]:
     """All figures for one length of history."""
     agent = mail_agents.make(
@@ -128,16 +174,11 @@ def measure(args: Args, store: StoreDataset, history: int) -> dict[str, float]:
     agent.fit_statistics(store)
     agent.configure_optim(4 * args.steps)
     agent.policy.train()
-    windows = store.windows(agent.window_spec)
-    figures = {"history": float(history), "windows_per_second": delivered(windows, args)}
+    spec = agent.window_spec
+    speed = delivered(opened_cold(store.path).windows(spec), args)
+    figures = {"history": float(history), "windows_per_second": speed}
     for name in ("on_demand", "ahead"):
-        sampler = BatchSampler(len(windows), args.batch_size, args.seed)
-        if name == "ahead":
-            opened = reading_ahead(agent, windows, sampler)
-        else:
-            opened = Prefetcher(windows, sampler, ahead=0)
-        with opened as batches:
-            waits, works = train(agent, batches, args, args.steps)
+        waits, works = timed(agent, opened_cold(store.path).windows(spec), args, name == "ahead")
         wait, work = float(np.mean(waits)), float(np.mean(works))
         whole = work * args.batch_size / args.rows
         figures |= {
@@ -151,8 +192,8 @@ def measure(args: Args, store: StoreDataset, history: int) -> dict[str, float]:
 
 def main(args: Args) -> int:
     """Measures, prints and saves; returns the exit status."""
+    check(args)
     torch.set_num_threads(args.threads)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         store = write_store(args, Path(folder) / "store")
         rows = [measure(args, store, history) for history in args.histories]
@@ -178,6 +219,7 @@ def main(args: Args) -> int:
     for row in rows:
         rate = row["windows_per_second"]
         console.print(f"history {row['history']:.0f}: the store delivers {rate:,.0f} windows/s")
+    console.print("The store was just written, and dropped from the page cache where possible.")
     worst = max(row["ahead_share"] for row in rows)
     console.print(f"Largest share with reading ahead: {100 * worst:.2f} % (bar {args.bar:.0%})")
     if args.output is not None:
@@ -189,4 +231,7 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    try:
+        sys.exit(main(tyro.cli(Args)))
+    except MailAgentsError as error:
+        sys.exit(f"error: {error}")

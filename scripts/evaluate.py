@@ -63,7 +63,7 @@ class Args:
     dataset: str | None = None
     """Dataset that gives an untrained agent its features and statistics."""
     max_steps: int | None = None
-    """Step limit for --env; None takes the environment's own."""
+    """Steps after which an episode ends; None takes each environment's own limit."""
     tasks: tuple[str, ...] = ()
     """Tasks to evaluate, by name or pattern ('pick_up_*'); none named means all."""
     protocol: ProtocolName | None = None
@@ -75,7 +75,7 @@ class Args:
     n_envs: int | None = None
     """Environments stepped side by side; None takes what the environment suggests, else 20."""
     workers: int = 1
-    """Processes that host the environments; episodes are the same for any number."""
+    """Processes that host the environments."""
     deterministic: bool = False
     """Leave out sampling noise."""
     weights: Literal["ema", "raw"] = "ema"
@@ -93,10 +93,46 @@ class Args:
     """Print the summaries as JSON and nothing else."""
 
 
+def check(args: Args) -> None:
+    """Refuses numbers that are too small, and flags that would change nothing."""
+    smallest = {"max_steps": 1, "episodes": 1, "n_envs": 1, "workers": 1, "videos": 0}
+    for name, bound in smallest.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise InvalidInputError(f"--{name.replace('_', '-')} starts at {bound}; got {value}.")
+    for name in ("env_kwargs", "task"):
+        if args.env is None and getattr(args, name):
+            raise InvalidInputError(
+                f"--{name.replace('_', '-')} describes the environment of --env, which is not "
+                "given. The environments of a dataset have their own; --tasks chooses among them."
+            )
+
+
 def resolve_worlds(args: Args, agent: Agent | None) -> list[World]:
     """The environments to evaluate in."""
     worlds = chosen(known_worlds(args, agent), args.tasks)
-    return worlds if args.protocol is None else [following(args, world) for world in worlds]
+    if args.protocol is not None:
+        worlds = [following(args, world) for world in worlds]
+        if agent is not None:
+            check_images(str(args.protocol), agent)
+    elif args.max_steps is not None:
+        worlds = [replace(world, max_steps=args.max_steps) for world in worlds]
+    return worlds
+
+
+def check_images(name: str, agent: Agent) -> None:
+    """Refuses an agent that was trained on other images than a protocol shows."""
+    protocol = PROTOCOLS[name]
+    wanted = f"{protocol.image_size} px {protocol.orientation}"
+    for key, image in agent.features.of_kind("image").items():
+        orientation = image.orientation or protocol.orientation
+        found = f"{image.shape[0]} px {orientation}"
+        if found != wanted:
+            raise InvalidInputError(
+                f"--protocol {name} shows images of {wanted}, and this agent was trained on "
+                f"{found} ({key}). Choose a protocol with its images ({', '.join(PROTOCOLS)}), or "
+                "train on data of the protocol's images."
+            )
 
 
 def chosen(worlds: list[World], patterns: Sequence[str]) -> list[World]:
@@ -209,6 +245,7 @@ def summarise(args: Args, agent: Agent, evaluations: dict[str, Evaluation]) -> R
 
 def main(args: Args) -> None:
     """Evaluates every task and writes the results."""
+    check(args)
     console = Console(quiet=args.as_json, soft_wrap=True)
     agent = load_or_make(args)
     output = None if args.output is None else Path(args.output)

@@ -1,11 +1,13 @@
 """The loader benchmark runs, counts waiting, and judges by its bar."""
 
 import json
+import os
 import time
 
 import pytest
 
 from mail_agents.data.views import StepView
+from mail_agents.errors import InvalidInputError
 
 SMALL = {
     "agent": "mail/d-tr-bc",
@@ -39,6 +41,29 @@ def test_it_measures_and_judges(script, tmp_path, capsys):
             assert row[f"{name}_share_of_whole_batches"] == pytest.approx(whole)
     assert figures["worst"] == max(row["ahead_share"] for row in figures["rows"])
     assert "the store delivers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rows": 0}, "--rows starts at 1"),
+        ({"rows": 5}, "--rows 5 are more than a batch has"),
+        ({"steps": 0}, "--steps starts at 1"),
+    ],
+)
+def test_counts_that_measure_nothing_are_refused(script, changes, words):
+    with pytest.raises(InvalidInputError, match=words):
+        script.main(script.Args(**{**SMALL, **changes}))
+
+
+def test_the_store_is_dropped_from_the_cache(script, tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    for name in ("a", "inner/b"):
+        (tmp_path / name).write_bytes(b"x" * 9)
+    dropped = []
+    monkeypatch.setattr("os.posix_fadvise", lambda *given: dropped.append(given[1:]))
+    script.drop_cache(tmp_path)
+    assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2
 
 
 def test_a_slow_store_is_seen_and_reading_ahead_hides_what_it_can(script, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from toybox.world import ENV_ID, PointEnv, demonstrations, make_dataset
@@ -10,6 +11,7 @@ import mail_agents
 from mail_agents.data.references import Reference
 from mail_agents.data.store import open_dataset
 from mail_agents.errors import InvalidInputError
+from mail_agents.features import Feature, FeatureSpec
 from mail_agents.report.results import load_results
 from mail_agents.suite import World
 from mail_envs.libero_protocols import PROTOCOLS
@@ -108,6 +110,47 @@ def test_target_returns(evaluate, tmp_path):
     assert "does not use target returns" in output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--videos", -1), "--videos starts at 0; got -1"),
+        (("--episodes", 0), "--episodes starts at 1; got 0"),
+        (("--max-steps", 0), "--max-steps starts at 1; got 0"),
+        (("--task", "reach"), "--task describes the environment of --env"),
+        (("--env-kwargs", "size", "3"), "--env-kwargs describes the environment of --env"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(evaluate, artifact, arguments, words):
+    code, output = evaluate("--agent", artifact, *arguments)
+    assert code == 1
+    assert words in output
+    assert "Traceback" not in output
+
+
+def test_a_step_limit_is_for_every_world(evaluate, artifact):
+    code, output = evaluate(
+        "--agent", artifact, "--episodes", 2, "--max-steps", 2, "--as-json", "--deterministic"
+    )
+    assert code == 0, output
+    assert json.loads(output)["point"]["protocol"]["max_steps"] == 2
+
+
+def test_a_protocol_shows_the_images_that_an_agent_knows(load_script):
+    module = load_script("evaluate")
+
+    def agent(size, orientation):
+        image = Feature("image", (size, size, 3), "uint8", orientation=orientation)
+        action = Feature("state", (7,), "float32")
+        return SimpleNamespace(features=FeatureSpec({"agentview_rgb": image}, action))
+
+    module.check_images("mail", agent(128, "raw"))
+    module.check_images("openvla", agent(256, "rot180"))
+    module.check_images("openvla", agent(256, None))
+    for size, orientation in ((128, "raw"), (256, "raw")):
+        with pytest.raises(InvalidInputError, match=f"256 px rot180, .* {size} px raw"):
+            module.check_images("openvla", agent(size, orientation))
+
+
 def test_the_number_of_environments_changes_nothing(evaluate):
     arguments = ("--agent", "random", "--env", ENV_ID, "--episodes", 5, "--as-json")
     ways = (("--n-envs", 1), ("--n-envs", 4), ("--workers", 2))
@@ -186,7 +229,7 @@ def test_published_protocols_of_libero(load_script, name, episodes, steps, setti
             ("--agent", "random", "--env", ENV_ID, "--protocol", "mail"),
             ["--protocol mail is for LIBERO", "toybox"],
         ),
-        (("--agent", "random", "--env", ENV_ID, "--workers", 0), ["workers=0"]),
+        (("--agent", "random", "--env", ENV_ID, "--workers", 0), ["--workers starts at 1"]),
         (("--agent", "random"), ["--env ID"]),
         (("--agent", "mail/ed-ma-bc", "--env", ENV_ID), ["must be trained first", "train.py"]),
         (("--agent", "mean-action", "--env", ENV_ID), ["statistics"]),
