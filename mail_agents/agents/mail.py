@@ -10,8 +10,8 @@ released code, each reversed by the ``-released`` presets:
 - Mamba blocks keep Mamba's own initial weights; the release overwrites them.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from mail_agents.agent import Agent
 from mail_agents.agents.mail_backbone import MailBackbone
 from mail_agents.agents.mail_config import MailConfig, StackConfig
 from mail_agents.data.stats import FeatureStats
+from mail_agents.encoders.augment import Augmentation
 from mail_agents.encoders.language import InstructionEmbedder, instruction, task_embedder
 from mail_agents.encoders.observation import ObservationEncoder
 from mail_agents.encoders.weights import load_resnet18, read_image_weights
 from mail_agents.errors import InvalidInputError, MissingStatisticsError
 from mail_agents.features import FeatureSpec
-from mail_agents.objectives import Objective
+from mail_agents.objectives import Draws, Objective
 from mail_agents.objectives.bc import BC
 from mail_agents.policy import Policy
 
@@ -94,6 +95,18 @@ class MailPolicy(Policy):
         unknown = torch.full((features.action.size,), torch.nan)
         self.register_buffer("action_low", unknown.clone())
         self.register_buffer("action_high", unknown.clone())
+        self._loss_of: Callable[..., Tensor] = _loss_of
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the training loss, in place; arguments are those of ``torch.compile``.
+
+        Random numbers are drawn before the compiled part, as without it, but for dropout, whose
+        draws are the compiler's own. Losses in evaluation mode, and acting, are not compiled. On
+        the CPU the whole loss is one graph, in which scan and convolution of Mamba blocks are
+        single operations; on a GPU those two interrupt it, because which of their kernels runs is
+        decided at run time.
+        """
+        self._loss_of = torch.compile(_loss_of, *args, **kwargs)
 
     def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
         """Sets the range, in normalised units, that diffusion samples are clamped to; ``(A,)``."""
@@ -101,7 +114,7 @@ class MailPolicy(Policy):
         self.action_high.copy_(high.reshape(-1))
 
     def encode(
-        self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
+        self, batch: Mapping[str, Tensor], augmentations: Mapping[str, Augmentation] | None = None
     ) -> Tensor:
         """Encodes a batch's observations to state features ``(B, n, F)``.
 
@@ -109,25 +122,26 @@ class MailPolicy(Policy):
 
         Args:
             batch: See :class:`~mail_agents.policy.Policy`.
-            generator: Augments images at random when given.
-
-        Raises:
-            InvalidInputError: The policy was made without padding and a step is masked.
+            augmentations: Of ``observation_encoder.draw``; images are not augmented without.
         """
-        observations = {key: batch[f"obs/{key}"] for key in self.observation_encoder.keys}
-        mask = batch["mask"]
+        observations, mask = self._observations(batch), batch["mask"]
         if self.padding == "edge":
             observations = {k: repeat_first_valid(x, mask) for k, x in observations.items()}
-        elif not bool(mask.all()):
+        condition = batch["task_emb"] if self.film else None
+        features = self.observation_encoder(observations, condition, augmentations)
+        if self.language is None:
+            return features
+        return torch.cat((self.language(batch["task_emb"]).unsqueeze(1), features), dim=1)
+
+    def _observations(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: batch[f"obs/{key}"] for key in self.observation_encoder.keys}
+
+    def _check_history(self, mask: Tensor) -> None:
+        if self.padding == "none" and not bool(mask.all()):
             raise InvalidInputError(
                 "This policy was made with padding='none' and cannot see padded steps: give it "
                 "only the steps that exist, or make it with padding='edge'."
             )
-        condition = batch["task_emb"] if self.film else None
-        features = self.observation_encoder(observations, condition, generator)
-        if self.language is None:
-            return features
-        return torch.cat((self.language(batch["task_emb"]).unsqueeze(1), features), dim=1)
 
     def loss(
         self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
@@ -137,8 +151,10 @@ class MailPolicy(Policy):
         Images are augmented in training mode only.
 
         Raises:
-            InvalidInputError: Images are to be augmented, and there is no generator to draw from.
+            InvalidInputError: Images are to be augmented, and there is no generator to draw from;
+                or the policy was made without padding and a step is masked.
         """
+        self._check_history(batch["mask"])
         augmenting = self.augments and self.training
         if augmenting and generator is None:
             raise InvalidInputError(
@@ -146,14 +162,12 @@ class MailPolicy(Policy):
                 "from the global stream: policy.loss(batch, torch.Generator().manual_seed(0)), or "
                 "policy.eval() for the loss without augmentation."
             )
-        features = self.encode(batch, generator if augmenting else None)
-        loss = self.objective.training_loss(
-            lambda noisy, t: self.backbone(features, noisy, t),
-            batch["action"],
-            batch["action_mask"],
-            generator,
-        )
-        return loss, {}
+        augmentations = None
+        if augmenting and generator is not None:
+            augmentations = self.observation_encoder.draw(self._observations(batch), generator)
+        draws = self.objective.draw(batch["action"], generator)
+        run = self._loss_of if self.training else _loss_of
+        return run(self, batch, augmentations, draws), {}
 
     def sample(
         self,
@@ -165,7 +179,9 @@ class MailPolicy(Policy):
 
         Raises:
             MissingStatisticsError: A diffusion policy does not know the action bounds.
+            InvalidInputError: The policy was made without padding and a step is masked.
         """
+        self._check_history(batch["mask"])
         if self.objective.conditions_on_noise and bool(self.action_low.isnan().any()):
             raise MissingStatisticsError(
                 "A diffusion policy clamps to the range of the training actions and was not given "
@@ -180,6 +196,22 @@ class MailPolicy(Policy):
             low=self.action_low,
             high=self.action_high,
         )
+
+
+def _loss_of(
+    policy: MailPolicy,
+    batch: Mapping[str, Tensor],
+    augmentations: Mapping[str, Augmentation] | None,
+    draws: Draws,
+) -> Tensor:
+    """The deterministic part of the loss. No method: copies of a policy share its compilation."""
+    features = policy.encode(batch, augmentations)
+    return policy.objective.training_loss(
+        lambda noisy, t: policy.backbone(features, noisy, t),
+        batch["action"],
+        batch["action_mask"],
+        draws,
+    )
 
 
 def _objective(config: MailConfig) -> Objective:

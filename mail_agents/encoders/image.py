@@ -10,7 +10,14 @@ default.
 import torch
 from torch import Tensor, nn
 
-from mail_agents.encoders.augment import center_crop, color_jitter, random_crop
+from mail_agents.encoders.augment import (
+    Augmentation,
+    center_crop,
+    color_jitter,
+    crop,
+    draw_crop,
+    draw_jitter,
+)
 from mail_agents.encoders.config import MIN_SIZE, ImageConfig
 from mail_agents.encoders.resnet import ResNet18
 from mail_agents.errors import InvalidInputError
@@ -95,14 +102,14 @@ class ResNetEncoder(nn.Module):
         self,
         x: Tensor,
         condition: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        augmentation: Augmentation | None = None,
     ) -> Tensor:
         """Encodes ``(B, H, height, width, 3)`` uint8 images to ``(B, H, out_dim)``.
 
         Args:
             x: Images.
             condition: ``(B, condition)`` for an encoder with FiLM, else None.
-            generator: Augments at random when given; otherwise images are cut in the middle.
+            augmentation: Of :meth:`draw`; without one, images are cut in the middle.
 
         Raises:
             InvalidInputError: The tensor is not uint8 or has another size than the feature.
@@ -112,22 +119,29 @@ class ResNetEncoder(nn.Module):
                 f"Expected uint8 images (B, H, {', '.join(map(str, self.shape))}); got "
                 f"{tuple(x.shape)} of dtype {x.dtype}. Images stay uint8 until the encoder."
             )
-        frames = self._frames(x, generator).flatten(0, 1).permute(0, 3, 1, 2)
+        frames = self._frames(x, augmentation).flatten(0, 1).permute(0, 3, 1, 2)
         frames = (frames - self.mean) / self.std
         if condition is not None:
             condition = condition.repeat_interleave(x.shape[1], dim=0)
         points = self.pool(self.trunk(frames, condition)).flatten(1)
         return self.head(points.to(self.head.weight.dtype)).unflatten(0, tuple(x.shape[:2]))
 
-    def _frames(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(self, x: Tensor, generator: torch.Generator) -> Augmentation:
+        """Draws what the config says to augment at random, for images as :meth:`forward` takes."""
+        size, jitter = self.config.crop, self.config.jitter
+        return Augmentation(
+            None if size is None else draw_crop(x, size, generator),
+            draw_jitter(x, jitter, generator) if jitter > 0.0 else None,
+        )
+
+    def _frames(self, x: Tensor, augmentation: Augmentation | None) -> Tensor:
         """Crops and augments; ``(B, H, h, w, 3)`` floats in [0, 1]."""
-        crop, jitter = self.config.crop, self.config.jitter
-        if crop is not None:
-            x = center_crop(x, crop) if generator is None else random_crop(x, crop, generator)
+        corner, factors = augmentation or (None, None)
+        size = self.config.crop
+        if size is not None:
+            x = center_crop(x, size) if corner is None else crop(x, size, corner)
         frames = x.to(self.mean.dtype) / 255.0
-        if jitter > 0.0 and generator is not None:
-            frames = color_jitter(frames, jitter, generator)
-        return frames
+        return frames if factors is None else color_jitter(frames, factors)
 
 
 def _check_camera(feature: Feature, crop: int | None) -> None:

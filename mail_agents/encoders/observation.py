@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mail_agents.encoders.augment import Augmentation
 from mail_agents.encoders.config import ImageConfig
 from mail_agents.encoders.image import ResNetEncoder
 from mail_agents.encoders.resnet import ResNet18
@@ -77,22 +78,34 @@ class ObservationEncoder(nn.Module):
         """The image networks, without what follows them."""
         return [each.trunk for each in self.encoders if isinstance(each, ResNetEncoder)]
 
+    def draw(
+        self, observations: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Augmentation]:
+        """Draws how the images of a batch are augmented, by key."""
+        return {
+            key: encoder.draw(observations[key], generator)
+            for key, index in zip(self.keys, self.encoder_of, strict=True)
+            if isinstance(encoder := self.encoders[index], ResNetEncoder)
+        }
+
     def forward(
         self,
         observations: Mapping[str, Tensor],
         condition: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        augmentations: Mapping[str, Augmentation] | None = None,
     ) -> Tensor:
         """Encodes ``{key: (B, H, *shape)}`` to ``(B, H, out_dim)``.
 
         Args:
             observations: Normalised states, and uint8 images.
             condition: ``(B, condition)`` for image networks with FiLM, else None.
-            generator: Augments images at random when given.
+            augmentations: Of :meth:`draw`; images are not augmented without.
         """
         parts = []
         for key, index in zip(self.keys, self.encoder_of, strict=True):
             encoder, x = self.encoders[index], observations[key]
-            camera = isinstance(encoder, ResNetEncoder)
-            parts.append(encoder(x, condition, generator) if camera else encoder(x))
+            if isinstance(encoder, ResNetEncoder):
+                parts.append(encoder(x, condition, (augmentations or {}).get(key)))
+            else:
+                parts.append(encoder(x))
         return torch.cat(parts, dim=-1)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
 
+#: Diffusion steps ``(B,)`` int64 and noise ``(B, J, A)``, or None for an objective without noise.
+Draws = tuple[Tensor, Tensor] | None
+
 
 class ActionNet(Protocol):
     """What an objective trains and samples: see the module's docstring."""
@@ -28,12 +31,17 @@ class Objective(Protocol):
     #: Whether the network is given noisy actions and a diffusion step.
     conditions_on_noise: bool
 
+    def draw(self, target: Tensor, generator: torch.Generator | None = None) -> Draws:
+        """Draws what the loss of normalised targets ``(B, J, A)`` needs, or None for nothing.
+
+        Args:
+            target: Only shape, dtype and device matter.
+            generator: Source of the draws; None uses torch's global one.
+        """
+        ...
+
     def training_loss(
-        self,
-        net: ActionNet,
-        target: Tensor,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, net: ActionNet, target: Tensor, mask: Tensor | None = None, draws: Draws = None
     ) -> Tensor:
         """Returns the scalar loss for normalised targets ``(B, J, A)``.
 
@@ -41,7 +49,8 @@ class Objective(Protocol):
             net: The network.
             target: Normalised actions.
             mask: ``(B, J)`` bool, True where the target is real; others are ignored entirely.
-            generator: Source of noise; None uses torch's global one.
+            draws: Of :meth:`draw`; given them, the loss is deterministic and can be compiled.
+                None draws from torch's global stream.
         """
         ...
 

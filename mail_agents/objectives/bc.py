@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mail_agents.objectives import ActionNet, masked_mse
+from mail_agents.objectives import ActionNet, Draws, masked_mse
 
 
 class BC:
@@ -17,14 +17,13 @@ class BC:
 
     conditions_on_noise = False
 
+    def draw(self, target: Tensor, generator: torch.Generator | None = None) -> Draws:
+        """See :class:`~mail_agents.objectives.Objective`; draws nothing."""
+
     def training_loss(
-        self,
-        net: ActionNet,
-        target: Tensor,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, net: ActionNet, target: Tensor, mask: Tensor | None = None, draws: Draws = None
     ) -> Tensor:
-        """See :class:`~mail_agents.objectives.Objective`; draws no random numbers."""
+        """See :class:`~mail_agents.objectives.Objective`."""
         return masked_mse(net(None, None), target, mask)
 
     def sample(

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
-from mail_agents.objectives import ActionNet, check_generators, masked_mse
+from mail_agents.objectives import ActionNet, Draws, check_generators, masked_mse
 
 
 class DDPM:
@@ -55,18 +55,20 @@ class DDPM:
         self.variance = (betas * (1.0 - before) / (1.0 - abar)).tolist()
         self._alpha_bars: list[float] = abar.tolist()
 
-    def training_loss(
-        self,
-        net: ActionNet,
-        target: Tensor,
-        mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """See :class:`~mail_agents.objectives.Objective`."""
+    def draw(
+        self, target: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`~mail_agents.objectives.Objective`; steps, then noise."""
         where = target.device if generator is None else generator.device
         t = torch.randint(self.steps, target.shape[:1], generator=generator, device=where)
         noise = torch.randn(target.shape, generator=generator, device=where, dtype=target.dtype)
-        t, noise = t.to(target.device), noise.to(target.device)
+        return t.to(target.device), noise.to(target.device)
+
+    def training_loss(
+        self, net: ActionNet, target: Tensor, mask: Tensor | None = None, draws: Draws = None
+    ) -> Tensor:
+        """See :class:`~mail_agents.objectives.Objective`."""
+        t, noise = self.draw(target) if draws is None else draws
         return masked_mse(net(self.add_noise(target, noise, t), t), noise, mask)
 
     @torch.no_grad()

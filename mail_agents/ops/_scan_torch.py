@@ -92,27 +92,12 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
         inputs = Inputs(*args)
-        work = _Workspace(inputs, parts=2)
-        dt, y = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
-        out = y if inputs.z is None else torch.empty_like(y)
-        last = work.states(work.batch) if inputs.want_state else None
-        kept = work.states((len(work.blocks) - 1) // work.plan.spacing, work.batch)
-        for rows in work.row_slices():
-            _step_sizes(inputs, rows, dt[rows])
-            part = work.select(inputs, rows, dt[rows])
-            end = _forward_rows(work, part, y[rows], kept[:, rows])
-            if last is not None:
-                last[rows] = end
-            if inputs.D is not None:
-                y[rows].addcmul_(inputs.u[rows], inputs.D)
-            if inputs.z is not None:
-                torch.ops.aten.silu.out(inputs.z[rows], out=out[rows])
-                out[rows].mul_(y[rows])
+        found = scan_forward(inputs)
         tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-        ctx.save_for_backward(*tensors, dt, None if inputs.z is None else y, kept)
+        ctx.save_for_backward(*tensors, found.dt, found.ungated, found.kept)
         ctx.flags = inputs.softplus, inputs.want_state
         ctx.set_materialize_grads(False)
-        return out, None if last is None else last.transpose(1, 2)
+        return found.out, found.last
 
     @staticmethod
     @once_differentiable
@@ -120,21 +105,75 @@ class SelectiveScan(torch.autograd.Function):
         *tensors, dt, y, kept = ctx.saved_tensors
         softplus, want_state = ctx.flags
         inputs = Inputs(*tensors)._replace(softplus=softplus, want_state=want_state)
-        work = _Workspace(inputs, parts=3)
-        grads = _Gradients(work, inputs)
-        gated = torch.zeros_like(inputs.u) if dout is None else dout
-        for rows in work.row_slices():
-            part = work.select(inputs, rows, dt[rows])
-            dy = _gate_backward(grads, inputs, rows, gated[rows], None if y is None else y[rows])
-            carry = None if dlast is None else dlast[rows].transpose(1, 2)
-            carry = _backward_rows(work, grads, part, rows, dy, kept[:, rows], carry)
-            if grads.h0 is not None and carry is not None:
-                grads.h0[rows] = carry
-            _input_backward(grads, inputs, rows, dt[rows], dy)
-        dh0 = None if grads.h0 is None else grads.h0.transpose(1, 2)
-        dA = grads.A.sum(0).t()
-        found = (grads.u, grads.delta, dA, grads.B, grads.C, grads.D, grads.z, grads.bias)
-        return (*found, None, dh0, None, None)
+        return scan_backward(inputs, dt, y, kept, dout, dlast)
+
+
+class Found(NamedTuple):
+    """Results of :func:`scan_forward` and what it keeps for :func:`scan_backward`.
+
+    ``out``, ``dt`` and ``ungated`` (None without a gate, when it is ``out``) are (B, L, D),
+    ``last`` (None unless wanted) (B, D, N), ``kept`` (states, B, N, D).
+    """
+
+    out: Tensor
+    last: Tensor | None
+    dt: Tensor
+    ungated: Tensor | None
+    kept: Tensor
+
+
+def kept_states(batch: int, length: int, width: int, device: torch.device) -> int:
+    """Number of states that :func:`scan_forward` keeps; arguments of :func:`plan_tiles`."""
+    plan = plan_tiles(batch, length, width, device)
+    return (math.ceil(length / plan.steps) - 1) // plan.spacing
+
+
+def scan_forward(inputs: Inputs) -> Found:
+    """The op without autograd."""
+    work = _Workspace(inputs, parts=2)
+    dt, y = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
+    out = y if inputs.z is None else torch.empty_like(y)
+    last = work.states(work.batch) if inputs.want_state else None
+    kept = work.states((len(work.blocks) - 1) // work.plan.spacing, work.batch)
+    for rows in work.row_slices():
+        _step_sizes(inputs, rows, dt[rows])
+        part = work.select(inputs, rows, dt[rows])
+        end = _forward_rows(work, part, y[rows], kept[:, rows])
+        if last is not None:
+            last[rows] = end
+        if inputs.D is not None:
+            y[rows].addcmul_(inputs.u[rows], inputs.D)
+        if inputs.z is not None:
+            torch.ops.aten.silu.out(inputs.z[rows], out=out[rows])
+            out[rows].mul_(y[rows])
+    ungated = None if inputs.z is None else y
+    return Found(out, None if last is None else last.transpose(1, 2), dt, ungated, kept)
+
+
+def scan_backward(
+    inputs: Inputs,
+    dt: Tensor,
+    y: Tensor | None,
+    kept: Tensor,
+    dout: Tensor | None,
+    dlast: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients by input, from what :func:`scan_forward` kept and the cotangents of its results."""
+    work = _Workspace(inputs, parts=3)
+    grads = _Gradients(work, inputs)
+    gated = torch.zeros_like(inputs.u) if dout is None else dout
+    for rows in work.row_slices():
+        part = work.select(inputs, rows, dt[rows])
+        dy = _gate_backward(grads, inputs, rows, gated[rows], None if y is None else y[rows])
+        carry = None if dlast is None else dlast[rows].transpose(1, 2)
+        carry = _backward_rows(work, grads, part, rows, dy, kept[:, rows], carry)
+        if grads.h0 is not None and carry is not None:
+            grads.h0[rows] = carry
+        _input_backward(grads, inputs, rows, dt[rows], dy)
+    dh0 = None if grads.h0 is None else grads.h0.transpose(1, 2)
+    dA = grads.A.sum(0).t()
+    found = (grads.u, grads.delta, dA, grads.B, grads.C, grads.D, grads.z, grads.bias)
+    return (*found, None, dh0, None, None)
 
 
 class _Tile:

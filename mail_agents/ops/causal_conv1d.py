@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mail_agents.errors import InvalidInputError
+from mail_agents.ops._opaque import opaque_conv, tracing
 from mail_agents.ops.backends import (
     CAUSAL_CONV1D,
     Candidate,
@@ -74,6 +75,8 @@ def causal_conv1d(
     bias = None if bias is None else bias.to(x.dtype)
     history = None if history is None else history.to(x.dtype)
     inputs = _ConvInputs(x, weight, bias, activation, history)
+    if tracing(x) and bias is not None and activation and history is None and not return_history:
+        return opaque_conv(x, weight, bias, backend)[0]
     y = choose("causal_conv1d", _CANDIDATES, backend, inputs).run(inputs)
     return (y, _next_history(x, weight.shape[1], history)) if return_history else y
 
@@ -213,53 +216,68 @@ class _ShiftedSum(torch.autograd.Function):
         activation: Activation,
         history: Tensor | None,
     ) -> Tensor:
-        batch, length, channels = x.shape
         taps = weight.t().contiguous()
-        pre = x.new_empty(batch, length, channels)
-        out = torch.empty_like(pre) if activation == "silu" else pre
-        for rows in _row_blocks(x):
-            block, source = pre[rows], x[rows]
-            if bias is None:
-                torch.mul(source, taps[-1], out=block)
-            else:
-                torch.addcmul(bias, source, taps[-1], out=block)
-            for lag in range(1, len(taps)):
-                tap, head = taps[-1 - lag], min(lag, length)
-                block[:, lag:].addcmul_(source[:, : length - head], tap)
-                if history is not None:
-                    first = len(taps) - 1 - lag
-                    block[:, :head].addcmul_(history[rows, first : first + head], tap)
-            if activation == "silu":
-                torch.ops.aten.silu.out(block, out=out[rows])
-        ctx.save_for_backward(x, taps, history, pre if activation == "silu" else None)
+        out, pre = conv_forward(x, taps, bias, activation, history)
+        ctx.save_for_backward(x, taps, history, pre)
         ctx.has_bias = bias is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, taps, history, pre = ctx.saved_tensors
-        batch, length, channels = x.shape
-        dx = x.new_empty(batch, length, channels)
-        dhistory = None if history is None else torch.zeros_like(history)
-        dtaps, dbias = torch.zeros_like(taps), taps.new_zeros(channels)
-        for rows in _row_blocks(x):
-            source, grad = x[rows], dy[rows]
-            if pre is not None:
-                grad = torch.ops.aten.silu_backward(grad, pre[rows])
-            dbias += grad.sum((0, 1))
-            torch.mul(grad, taps[-1], out=dx[rows])
-            dtaps[-1] += _channel_dot(grad, source)
-            for lag in range(1, len(taps)):
-                tap, head = taps[-1 - lag], min(lag, length)
-                later = grad[:, lag:]
-                dx[rows, : length - head].addcmul_(later, tap)
-                dtaps[-1 - lag] += _channel_dot(later, source[:, : length - head])
-                if history is not None and dhistory is not None:
-                    span = slice(len(taps) - 1 - lag, len(taps) - 1 - lag + head)
-                    dhistory[rows, span].addcmul_(grad[:, :head], tap)
-                    dtaps[-1 - lag] += _channel_dot(grad[:, :head], history[rows, span])
+        dx, dtaps, dbias, dhistory = conv_backward(*(*ctx.saved_tensors, dy))
         return dx, dtaps.t(), dbias if ctx.has_bias else None, None, dhistory
+
+
+def conv_forward(
+    x: Tensor, taps: Tensor, bias: Tensor | None, activation: Activation, history: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Result, and the value before the activation (None without one); ``taps`` is (W, D)."""
+    batch, length, channels = x.shape
+    pre = x.new_empty(batch, length, channels)
+    out = torch.empty_like(pre) if activation == "silu" else pre
+    for rows in _row_blocks(x):
+        block, source = pre[rows], x[rows]
+        if bias is None:
+            torch.mul(source, taps[-1], out=block)
+        else:
+            torch.addcmul(bias, source, taps[-1], out=block)
+        for lag in range(1, len(taps)):
+            tap, head = taps[-1 - lag], min(lag, length)
+            block[:, lag:].addcmul_(source[:, : length - head], tap)
+            if history is not None:
+                first = len(taps) - 1 - lag
+                block[:, :head].addcmul_(history[rows, first : first + head], tap)
+        if activation == "silu":
+            torch.ops.aten.silu.out(block, out=out[rows])
+    return out, pre if activation == "silu" else None
+
+
+def conv_backward(
+    x: Tensor, taps: Tensor, history: Tensor | None, pre: Tensor | None, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of input, taps, bias and history."""
+    batch, length, channels = x.shape
+    dx = x.new_empty(batch, length, channels)
+    dhistory = None if history is None else torch.zeros_like(history)
+    dtaps, dbias = torch.zeros_like(taps), taps.new_zeros(channels)
+    for rows in _row_blocks(x):
+        source, grad = x[rows], dy[rows]
+        if pre is not None:
+            grad = torch.ops.aten.silu_backward(grad, pre[rows])
+        dbias += grad.sum((0, 1))
+        torch.mul(grad, taps[-1], out=dx[rows])
+        dtaps[-1] += _channel_dot(grad, source)
+        for lag in range(1, len(taps)):
+            tap, head = taps[-1 - lag], min(lag, length)
+            later = grad[:, lag:]
+            dx[rows, : length - head].addcmul_(later, tap)
+            dtaps[-1 - lag] += _channel_dot(later, source[:, : length - head])
+            if history is not None and dhistory is not None:
+                span = slice(len(taps) - 1 - lag, len(taps) - 1 - lag + head)
+                dhistory[rows, span].addcmul_(grad[:, :head], tap)
+                dtaps[-1 - lag] += _channel_dot(grad[:, :head], history[rows, span])
+    return dx, dtaps, dbias, dhistory
 
 
 def _channel_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mail_agents.ops import _scan_cuda
+from mail_agents.ops._opaque import opaque_scan, tracing
 from mail_agents.ops._scan_inputs import ScanInputs
 from mail_agents.ops._scan_torch import SelectiveScan
 from mail_agents.ops.backends import (
@@ -87,6 +88,10 @@ def selective_scan(
         *(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reset, return_state)
     )
     inputs.check()
+    if tracing(u) and h0 is None and reset is None and not return_state:
+        found = _traced(inputs, backend)
+        if found is not None:
+            return found
     candidate = choose("selective_scan", _CANDIDATES, backend, inputs)
     with _no_autocast(u.device):
         y, last = candidate.run(inputs)
@@ -187,6 +192,20 @@ def _torch(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
         *(*dense, D, z, bias, inputs.delta_softplus, h0, inputs.reset, inputs.return_state)
     )
     return y.to(inputs.u.dtype), last
+
+
+def _traced(inputs: ScanInputs, backend: str) -> Tensor | None:
+    """The scan as one operation of a compiled graph, or None where that does not have it."""
+    D, z, bias = inputs.D, inputs.z, inputs.delta_bias
+    if D is None or z is None or bias is None or inputs.u.numel() == 0:
+        return None
+    work = _work_dtype(inputs)
+    with _no_autocast(inputs.u.device):
+        dense = [t.to(work).contiguous() for t in inputs[:5]]
+        rest = [t.to(work) for t in (D, z, bias)]
+        arguments: list[Any] = [*dense, *rest, inputs.delta_softplus, backend]
+        y = opaque_scan(*arguments)[0]
+        return y.to(inputs.u.dtype)
 
 
 def _refuse_cuda(inputs: ScanInputs) -> str | None:

@@ -4,11 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from mail_agents.encoders.augment import center_crop, color_jitter, random_crop
+from mail_agents.encoders.augment import (
+    center_crop,
+    color_jitter,
+    crop,
+    draw_crop,
+    draw_jitter,
+)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def random_crop(x, size, generator):
+    return crop(x, size, draw_crop(x, size, generator))
+
+
+def random_jitter(x, strength, generator):
+    return color_jitter(x, draw_jitter(x, strength, generator))
 
 
 def numbered(batch, frames, height, width):
@@ -43,7 +57,7 @@ def test_a_crop_of_full_size_changes_nothing():
     assert torch.equal(center_crop(x, 5), x)
 
 
-@pytest.mark.parametrize("augment", [random_crop, color_jitter])
+@pytest.mark.parametrize("augment", [random_crop, random_jitter])
 def test_the_generator_alone_decides(augment):
     x = torch.rand(5, 2, 8, 8, 3, generator=generator(1))
     strength = 5 if augment is random_crop else 0.4
@@ -56,7 +70,7 @@ def test_the_generator_alone_decides(augment):
 
 def test_jitter_is_one_transformation_per_window_and_stays_in_range():
     frame = torch.rand(1, 1, 6, 6, 3, generator=generator(1))
-    out = color_jitter(frame.expand(8, 3, -1, -1, -1), 0.5, generator(2))
+    out = random_jitter(frame.expand(8, 3, -1, -1, -1), 0.5, generator(2))
     assert torch.equal(out, out[:, :1].expand_as(out))
     assert out.min() >= 0.0
     assert out.max() <= 1.0
@@ -68,7 +82,7 @@ def test_jitter_factors_are_those_of_a_photograph():
     # Brightness multiplies, contrast keeps the mean grey, saturation keeps the hue.
     x = 0.25 + 0.25 * torch.rand(40, 1, 4, 4, 3, generator=generator(1))
     strength = 0.2
-    out = color_jitter(x, strength, generator(2))
+    out = random_jitter(x, strength, generator(2))
     draws = torch.rand(3, 40, generator=generator(2))
     brightness = 1.0 + strength * (2.0 * draws[0] - 1.0)
     luma = x.new_tensor([0.299, 0.587, 0.114])
@@ -77,11 +91,11 @@ def test_jitter_factors_are_those_of_a_photograph():
     strongest = torch.tensor([[0.5, 0.3, 0.3]]).view(1, 1, 1, 1, 3).expand(9, 1, 2, 2, 3)
     hues = [
         colorsys.rgb_to_hsv(*np.asarray(p))[0]
-        for p in color_jitter(strongest, 0.3, generator(5)).flatten(0, 3).tolist()
+        for p in random_jitter(strongest, 0.3, generator(5)).flatten(0, 3).tolist()
     ]
     assert max(min(h, 1 - h) for h in hues) < 1e-3
 
 
 def test_no_jitter_changes_nothing():
     x = torch.rand(2, 1, 4, 4, 3, generator=generator(1))
-    torch.testing.assert_close(color_jitter(x, 0.0, generator()), x)
+    torch.testing.assert_close(random_jitter(x, 0.0, generator()), x)

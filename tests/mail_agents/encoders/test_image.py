@@ -146,7 +146,9 @@ def test_acting_cuts_the_middle_and_training_a_random_place():
         whole = ResNetEncoder(camera(40, 40), 8).eval()
         whole.load_state_dict(encoder.state_dict())
         torch.testing.assert_close(centre, whole(x[:, :, 4:44, 12:52]))
-        drawn = [encoder(x, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+        drawn = [
+            encoder(x, None, encoder.draw(x, torch.Generator().manual_seed(s))) for s in (0, 0, 1)
+        ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
@@ -158,7 +160,8 @@ def test_jitter_changes_training_images_only():
     x = images(2, 1, 33, 33)
     with torch.inference_mode():
         assert torch.equal(encoder(x), plain(x))
-        assert not torch.equal(encoder(x, generator=torch.Generator().manual_seed(0)), plain(x))
+        drawn = encoder.draw(x, torch.Generator().manual_seed(0))
+        assert not torch.equal(encoder(x, None, drawn), plain(x))
 
 
 def test_condition_of_a_window_reaches_all_its_frames():

@@ -180,11 +180,12 @@ def test_training_loss_is_the_noise_error(ddpm):
         asked.append(t)
         return oracle(ddpm, target)(x, t)
 
-    loss = ddpm.training_loss(perfect, target, None, torch.Generator().manual_seed(0))
+    loss = ddpm.training_loss(perfect, target, None, ddpm.draw(target, *seeded(0)))
     assert loss.item() < 1e-6
     assert set(asked[0].tolist()) <= set(range(16))
     assert len(set(asked[0].tolist())) > 8
-    zero = ddpm.training_loss(lambda x, t: torch.zeros_like(x), target, None, torch.Generator())
+    draws = ddpm.draw(target, torch.Generator())
+    zero = ddpm.training_loss(lambda x, t: torch.zeros_like(x), target, None, draws)
     assert zero.item() == pytest.approx(1.0, abs=0.15)
 
 
@@ -192,8 +193,8 @@ def test_training_noise_follows_the_generator(ddpm):
     target = torch.randn(4, 3, 2)
 
     def loss(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return ddpm.training_loss(lambda x, t: x, target, None, generator).item()
+        draws = ddpm.draw(target, *seeded(seed))
+        return ddpm.training_loss(lambda x, t: x, target, None, draws).item()
 
     assert loss(0) == loss(0) != loss(1)
 
@@ -203,8 +204,8 @@ def test_padded_targets_carry_no_loss(ddpm):
     outs = []
     for value in (0.0, 1e6):
         target = torch.tensor([[[0.5], [value]]])
-        generator = torch.Generator().manual_seed(0)
-        outs.append(ddpm.training_loss(lambda x, t: torch.zeros_like(x), target, mask, generator))
+        draws = ddpm.draw(target, *seeded(0))
+        outs.append(ddpm.training_loss(lambda x, t: torch.zeros_like(x), target, mask, draws))
     assert outs[0] == outs[1]
 
 
