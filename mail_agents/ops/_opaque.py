@@ -148,7 +148,8 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _conv_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return *_conv_gradients(*(*ctx.saved_tensors, dy)), None
+    x, weight, pre = ctx.saved_tensors
+    return *_conv_gradients(x, weight, pre, dy), None
 
 
 opaque_scan.register_autograd(_scan_backward, setup_context=_scan_setup)

@@ -225,7 +225,8 @@ class _ShiftedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dtaps, dbias, dhistory = conv_backward(*(*ctx.saved_tensors, dy))
+        x, taps, history, pre = ctx.saved_tensors
+        dx, dtaps, dbias, dhistory = conv_backward(x, taps, history, pre, dy)
         return dx, dtaps.t(), dbias if ctx.has_bias else None, None, dhistory
 
 
