@@ -98,6 +98,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self._arrange_sensors()
         low, high = self._sim.action_spec
         self.action_space = spaces.Box(low.astype(np.float32), high.astype(np.float32))
+        self._action_shape = tuple(low.shape)
         self.observation_space = self._make_space()  # type: ignore[assignment]
 
     # What subclasses say about themselves.
@@ -229,7 +230,7 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
                 f"{self.world}: the episode has not begun or has ended in success. "
                 "Call env.reset() before env.step()."
             )
-        values = checked_action(self.world, self.action_space.shape, action)
+        values = checked_action(self.world, self._action_shape, action)
         self._drawing = True
         _, reward, _, _ = self._sim.step(values)
         self._held = self._held + 1 if self._reached() else 0

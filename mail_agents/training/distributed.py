@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from mail_agents.artifact import checksum
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 #: Processes wait for the evaluation of the first one, which may take days.
 _PATIENCE = timedelta(days=30)
+#: Begins the names of what processes tell each other outside of torch's own exchanges.
+_KEY = "mail-agents/"
 #: For the start of all processes.
 _MEETING = timedelta(minutes=10)
 
@@ -72,7 +75,7 @@ class Team:
         if started_processes() == 1:
             return
         try:
-            store, self.rank, self.size = next(dist.rendezvous("env://", timeout=_MEETING))
+            store, self.rank, self.size = next(rendezvous("env://", timeout=_MEETING))
         except (RuntimeError, ValueError, OSError) as error:
             raise LostProcessError(
                 f"The {started_processes()} processes of this training did not meet at "
@@ -80,7 +83,7 @@ class Team:
                 f"torchrun, or unset WORLD_SIZE. ({str(error).splitlines()[0]})"
             ) from error
         self._local_rank = int(os.environ.get("LOCAL_RANK") or self.rank)
-        self._store = dist.PrefixStore("mail-agents", store)
+        self._store = store
         dist.init_process_group(
             "gloo", store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
         )
@@ -95,7 +98,7 @@ class Team:
         if self._store is None:
             return True
         try:
-            return self._store.add("failed", 1) == 1
+            return self._store.add(_KEY + "failed", 1) == 1
         except RuntimeError:  # the process that kept the store has gone, and has spoken
             return False
 
@@ -149,9 +152,9 @@ class Team:
         if self._store is None:
             return
         if self.leads:
-            self._store.set(what, value)
+            self._store.set(_KEY + what, value)
             return
-        found = self._store.get(what).decode()
+        found = self._store.get(_KEY + what).decode()
         if found != value:
             raise InvalidInputError(
                 f"Process {self.rank} has another {what} ({value[:40]}) than process 0 "

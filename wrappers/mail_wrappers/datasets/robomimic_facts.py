@@ -195,7 +195,9 @@ def _extras(path: Path, data: h5py.Group) -> dict[str, Any]:
 def _check_counts(path: Path, data: h5py.Group) -> None:
     rf.check_count(path, data, "num_demos", len(data), "demonstrations")
     if "total" in data.attrs:
-        rows = [len(rf.dataset(path, rf.child(path, data, key), "actions")) for key in data]
+        rows = [
+            len(rf.dataset(path, rf.child(path, data, key), "actions")) for key in map(str, data)
+        ]
         rf.check_count(path, data, "total", sum(rows), "steps")
 
 
@@ -209,7 +211,7 @@ def _features(
 
     keys = rf.observation_keys(path, demo)
     found = FeatureSpec(
-        {key: describe(demo["obs"], key) for key in keys}, describe(demo, "actions")
+        {key: describe(rf.child(path, demo, "obs"), key) for key in keys}, describe(demo, "actions")
     )
     if "features" in extras:
         declared: FeatureSpec = extras["features"]

@@ -5,7 +5,7 @@ import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -142,7 +142,8 @@ def optional(
 def observations(path: Path, group: h5py.Group, name: str, length: int) -> dict[str, np.ndarray]:
     """Reads every array of ``obs`` or ``next_obs``, see :func:`array`."""
     keys = observation_keys(path, group, name)
-    return {key: array(path, group[name], key, length) for key in keys}
+    found = child(path, group, name)
+    return {key: array(path, found, key, length) for key in keys}
 
 
 def observation_keys(path: Path, group: h5py.Group, name: str = "obs") -> Sequence[str]:
@@ -154,10 +155,11 @@ def observation_keys(path: Path, group: h5py.Group, name: str = "obs") -> Sequen
     found = child(path, group, name)
     if not len(found):
         raise CorruptFileError(f"{path}: {found.name} is empty.")
-    for key in found:
+    keys = sorted(map(str, found))
+    for key in keys:
         if key.endswith(_IMAGE_ENDINGS):
             _check_image(path, dataset(path, found, key))
-    return sorted(found)
+    return keys
 
 
 def _check_image(path: Path, images: h5py.Dataset) -> None:
@@ -212,7 +214,7 @@ def json_attribute(path: Path, group: h5py.Group, name: str) -> dict[str, Any]:
     if name not in group.attrs:
         return {}
     try:
-        value = json.loads(group.attrs[name])
+        value = json.loads(cast(str, group.attrs[name]))
         if not isinstance(value, dict):
             raise TypeError(f"it holds a {type(value).__name__}")
     except (TypeError, ValueError) as error:
@@ -236,7 +238,7 @@ def fixtures(path: Path, demo: h5py.Group) -> dict[str, list[float]]:
     if "model_file" not in demo.attrs:
         return {}
     try:
-        bodies = ET.fromstring(demo.attrs["model_file"]).findall("worldbody/body")
+        bodies = ET.fromstring(cast(str, demo.attrs["model_file"])).findall("worldbody/body")
         return {
             body.get("name", "").removesuffix(_FIXTURE): [
                 *map(float, body.get("pos", "0 0 0").split()),
