@@ -3,6 +3,7 @@
 Colours follow :func:`mail_agents.report.summary.colours`: an agent has one colour everywhere.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from mail_agents.report.settings import Setting, averageable, overall_measure, s
 
 _INK, _FAINT = "#22262b", "#d5d9de"
 _COLUMNS = 4
+#: Characters of a heading that fit above a panel, and the height of a further line in inches.
+_HEADING, _LINE = 34, 0.17
 
 
 def success_bars(
@@ -45,15 +48,16 @@ def success_bars(
         panels.append(None)
     columns = min(len(panels), _COLUMNS)
     lines = -(-len(panels) // columns)
-    figure = _figure(3.1 * columns + 1.2, (0.42 * len(groups) + 0.75) * lines + 0.4 * bool(title))
+    everything = "all tasks" if success else "average"
+    headings = [_wrapped(everything if each is None else each.name) for each in panels]
+    height = 0.42 * len(groups) + 0.75 + _LINE * max(heading.count("\n") for heading in headings)
+    figure = _figure(3.1 * columns + 1.2, height * lines + 0.4 * bool(title))
     axes = figure.subplots(lines, columns, squeeze=False, sharex=success)
     for spare in axes.flat[len(panels) :]:
         spare.set_visible(False)
     for position, (setting, ax) in enumerate(zip(panels, axes.flat, strict=False)):
         _bars(ax, groups, tints, setting, settings, which)
-        everything = "all tasks" if success else "average"
-        heading = everything if setting is None else setting.name
-        ax.set_title(heading, loc="left", fontsize=10, weight="bold", color=_INK)
+        ax.set_title(headings[position], loc="left", fontsize=10, weight="bold", color=_INK)
         labels = list(groups) if position % columns == 0 else [""] * len(groups)
         ax.set_yticks(range(len(groups)), labels, fontsize=9, color=_INK)
     if title:
@@ -196,6 +200,16 @@ def _plain_frame(ax: Axes) -> None:
         ax.spines[side].set_visible(False)
     ax.spines["bottom"].set_color(_FAINT)
     ax.tick_params(labelsize=8, colors=_INK)
+
+
+def _wrapped(heading: str) -> str:
+    """Breaks a name like LIBERO's, of sixty letters and more, between its words."""
+    lines = [""]
+    for word in re.findall(r"[^ _/-]*[ _/-]?", heading):
+        if lines[-1] and len(lines[-1]) + len(word) > _HEADING:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(lines)
 
 
 def _figure(width: float, height: float) -> Figure:
