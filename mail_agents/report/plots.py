@@ -205,7 +205,7 @@ def _plain_frame(ax: Axes) -> None:
 def _wrapped(heading: str) -> str:
     """Breaks a name like LIBERO's, of sixty letters and more, between its words."""
     lines = [""]
-    for word in re.findall(r"[^ _/-]*[ _/-]?", heading):
+    for word in re.findall(r"[^ _/-]*[ _/-]|[^ _/-]+", heading):
         if lines[-1] and len(lines[-1]) + len(word) > _HEADING:
             lines.append("")
         lines[-1] += word
