@@ -8,7 +8,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Pipe
@@ -30,6 +29,7 @@ from mail_agents.environments import (
     wanted,
 )
 from mail_agents.errors import InvalidInputError, MailAgentsError
+from mail_agents.interrupts import ignoring_interrupts
 
 # A process that does not end by itself within this many seconds is killed.
 _PATIENCE = 10.0
@@ -273,22 +273,6 @@ class _Worker:
     def kill(self) -> None:
         self._process.kill()  # does nothing to a process that has ended
         self._process.wait()
-
-
-@contextlib.contextmanager
-def ignoring_interrupts() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C, which reaches all, from their first instruction on.
-
-    Only the process that started them decides what it means.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set signal handlers
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,11 @@ FOLDERS = {
     "mail_wrappers": ROOT / "wrappers" / "mail_wrappers",
     "mail_baselines": ROOT / "baselines" / "mail_baselines",
 }
-# What data is made of, and how we speak about errors; nothing that acts or learns.
-SCHEMA = ("mail_agents.data", "mail_agents.errors", "mail_agents.features", "mail_agents.seeding")
+# What data is made of, errors, and how processes are started; nothing that acts or learns.
+SCHEMA = (
+    *("mail_agents.data", "mail_agents.errors", "mail_agents.features", "mail_agents.seeding"),
+    "mail_agents.interrupts",
+)
 MAY_IMPORT = {
     "mail_agents": ("mail_agents",),
     "mail_wrappers": ("mail_wrappers", *SCHEMA),

@@ -19,8 +19,8 @@ import numpy as np
 
 from mail_agents.data.env_specs import importable_id
 from mail_agents.data.episode import Episode
-from mail_agents.env_workers import ignoring_interrupts
 from mail_agents.errors import InvalidInputError, MailAgentsError, require, unknown_name
+from mail_agents.interrupts import ignoring_interrupts
 from mail_agents.seeding import derive_env_seed
 from mail_wrappers.record import RecordEpisodes
 

@@ -19,11 +19,12 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mail_agents.errors import MailAgentsError
+from mail_agents.interrupts import ignoring_interrupts
 
 #: Importing these starts no thread and opens no GPU or display; simulators may, and stay out.
 PRELOADED = (
@@ -64,7 +65,7 @@ class Worker:
     def _serve(self) -> subprocess.Popen:
         # -P: unlike with a script, the working directory would come first on the import path.
         command = [sys.executable, "-P", "-m", "mail_agents.training.workers", *self._modules]
-        with _ignoring_interrupts():
+        with ignoring_interrupts():
             return self._launch(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def _launch(self, command: Sequence[str], **options) -> subprocess.Popen:
@@ -128,19 +129,6 @@ def _drop(process: subprocess.Popen | None) -> None:
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
-
-
-@contextlib.contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C, which only the comparison itself answers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set signal handlers
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def serve(modules: Sequence[str]) -> NoReturn:

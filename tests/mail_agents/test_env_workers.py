@@ -289,10 +289,14 @@ def start(tmp_path: Path) -> tuple[subprocess.Popen, set[int]]:
     script.write_text(
         textwrap.dedent(
             f"""
+            import signal
+
             import mail_agents
             from mail_agents.features import FeatureSpec
             from toybox.world import PointEnv
 
+            # A shell that starts the tests in the background has them ignore Ctrl-C.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             print("The script runs.", flush=True)
             env = PointEnv()
             features = FeatureSpec.from_spaces(env.observation_space, env.action_space)

@@ -58,7 +58,8 @@ def test_processes_together_have_the_targets_of_one(size):
             if key == "action_mask":
                 assert not found[rows:].any()
                 counts.append(len(found) - rows)
-    assert set(counts) == {0, size - 1}
+    assert size - 1 in counts
+    assert set(counts) <= {0, size - 1}
 
 
 def test_it_reads_on_while_nobody_asks_but_not_without_end():
