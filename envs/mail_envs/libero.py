@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from mail_agents.data.instructions import instruction
 from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.features import Orientation
 from mail_envs.libero_protocols import ProtocolName, protocol_named
@@ -24,7 +25,7 @@ from mail_envs.libero_setup import (
 from mail_envs.manipulation import Initial, ManipulationEnv
 from mail_envs.manipulation_inputs import check_choice, checked_cameras, finite_numbers
 from mail_envs.rendering import RenderQuality, import_mujoco
-from mail_wrappers.datasets.libero_names import instruction, tasks_of
+from mail_wrappers.datasets.libero_names import tasks_of
 
 #: Cameras that can be observed, and what the scenes call them.
 LIBERO_CAMERAS: Mapping[str, str] = {

@@ -5,6 +5,7 @@ previous episode, draws its cameras and judges success. Nothing here changes the
 """
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ class PlacementError(MailAgentsError, RuntimeError):
     """No placement of the objects was found in which they fit."""
 
 
-class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
+class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray], ABC):
     """A robosuite 1.4 environment as a Gymnasium one; see the subclasses.
 
     Args:
@@ -113,16 +114,16 @@ class ManipulationEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         """Further sensors, read at the moment at which robosuite reads its own."""
         return {}
 
+    @abstractmethod
     def _state_observation(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The observation without images, from the values of the sensors."""
-        raise NotImplementedError
 
     def _forget(self) -> None:
         """Removes what robosuite's reset leaves of the previous episode."""
 
+    @abstractmethod
     def _start(self, options: dict[str, Any]) -> dict[str, Any]:
         """Brings the freshly reset simulator to where the episode starts; returns infos."""
-        raise NotImplementedError
 
     def _reached(self) -> bool:
         """Whether the goal is reached now."""

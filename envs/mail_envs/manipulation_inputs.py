@@ -1,4 +1,4 @@
-"""Checks of what LIBERO's and robosuite's worlds are given, with errors that say what to give."""
+"""Checks of what worlds of manipulation tasks are given, with errors that say what to give."""
 
 import reprlib
 from collections.abc import Sequence

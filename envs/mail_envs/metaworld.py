@@ -14,6 +14,7 @@ from gymnasium import spaces
 
 from mail_agents.errors import InvalidInputError, require, unknown_name
 from mail_envs.catalogue import METAWORLD_CAMERAS, METAWORLD_TASKS
+from mail_envs.manipulation_inputs import checked_cameras
 from mail_envs.rendering import OffscreenRenderer, RenderQuality, import_mujoco
 
 import_mujoco("Meta-World")
@@ -95,7 +96,7 @@ class MetaWorldEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             raise InvalidInputError(f"success_hold is {success_hold}; give a number of at least 0.")
         self.task = task
         self.success_hold = success_hold
-        self.cameras = _checked_cameras(cameras)
+        self.cameras = checked_cameras(cameras, METAWORLD_CAMERAS)
         self.render_mode = render_mode
         self._images = OffscreenRenderer(image_size, render_quality)
         self._video = OffscreenRenderer(render_size, render_quality)
@@ -212,17 +213,6 @@ def _make_sim(task: str) -> Any:
     # Gymnasium's TimeLimit is the only time limit, so that it can be overridden.
     sim.max_path_length = sys.maxsize
     return sim
-
-
-def _checked_cameras(cameras: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(cameras, str):
-        raise InvalidInputError(f"cameras is a list of names; write cameras=({cameras!r},).")
-    for camera in cameras:
-        if camera not in METAWORLD_CAMERAS:
-            raise unknown_name("camera", camera, METAWORLD_CAMERAS)
-    if len(set(cameras)) != len(cameras):
-        raise InvalidInputError(f"cameras has a name twice: {', '.join(cameras)}.")
-    return tuple(cameras)
 
 
 def _checked_action(action: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ Actions are those of robosuite's ``OSC_POSE`` controller: hand displacement (1 i
 vector (1 is 0.5 rad), both along the world's axes, and gripper (+1 closes, -1 opens).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 
 import gymnasium
@@ -117,7 +118,7 @@ class Hand:
             yield self.action(target, rotation, gripper)
 
 
-class PlannedExpert:
+class PlannedExpert(ABC):
     """An expert of a Panda arm whose plan is written as a generator of actions.
 
     Args:
@@ -146,9 +147,9 @@ class PlannedExpert:
             raise InvalidInputError("Call the expert's reset() after env.reset().")
         return next(self._plan).astype(np.float32)
 
+    @abstractmethod
     def _play(self) -> Motion:
         """The whole episode; never returns."""
-        raise NotImplementedError
 
     def _body(self, name: str) -> int:
         return self._env.get_wrapper_attr("body_id")(name)

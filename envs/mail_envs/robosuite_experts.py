@@ -1,5 +1,6 @@
 """Scripted experts for tasks of robosuite 1.4 (Zhu et al. 2020)."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +25,9 @@ class BoxExpert(PlannedExpert):
                 yield from self._attempt()
             yield self._hand.action(self._hand.position, self._down, OPEN)
 
+    @abstractmethod
     def _attempt(self) -> Motion:
-        raise NotImplementedError
+        """Tries once to solve the task."""
 
     def _done(self) -> bool:
         return bool(self._env.get_wrapper_attr("robosuite_env")._check_success())

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from mail_agents.agent import Agent
 from mail_agents.agents.mail_backbone import MailBackbone
 from mail_agents.agents.mail_config import MailConfig, StackConfig
+from mail_agents.data.instructions import instruction
 from mail_agents.data.stats import FeatureStats
 from mail_agents.encoders.augment import Augmentation
-from mail_agents.encoders.language import InstructionEmbedder, instruction, task_embedder
+from mail_agents.encoders.language import InstructionEmbedder, task_embedder
 from mail_agents.encoders.observation import ObservationEncoder
 from mail_agents.encoders.weights import load_resnet18, read_image_weights
 from mail_agents.errors import InvalidInputError, MissingStatisticsError

@@ -1,4 +1,4 @@
-"""Instructions of tasks, and their embeddings without a network."""
+"""Embeddings of instructions without a network."""
 
 import hashlib
 import re
@@ -7,23 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from mail_agents.data.instructions import instruction
 from mail_agents.errors import InvalidInputError
 
 _WORD = re.compile(r"[^\W_]+")
-#: What LIBERO puts before the instruction in a task's name, e.g. "LIVING_ROOM_SCENE2_".
-_SCENE = re.compile(r"^[A-Z]+(_[A-Z]+)*_SCENE\d+_")
-
-
-def instruction(task: str) -> str:
-    """Returns what a task's name says, as text for a language model.
-
-    Follows LIBERO's own rule (``libero/libero/benchmark/__init__.py`` of
-    Lifelong-Robot-Learning/LIBERO): a leading scene is left out, underscores are spaces.
-
-    Args:
-        task: For example ``"KITCHEN_SCENE3_turn_on_the_stove"``.
-    """
-    return _SCENE.sub("", task).replace("_", " ")
 
 
 class HashEmbedder:

@@ -4,11 +4,9 @@ import pytest
 from mail_agents.encoders.language import (
     HashEmbedder,
     InstructionEmbedder,
-    instruction,
     task_embedder,
 )
 from mail_agents.errors import InvalidInputError
-from mail_wrappers.datasets import libero_names
 
 
 def test_values_are_fixed_for_ever():
@@ -45,30 +43,6 @@ def test_bad_texts_are_refused():
     with pytest.raises(InvalidInputError, match="list of texts"):
         HashEmbedder()("reach-v3")
     assert HashEmbedder(8)([]).shape == (0, 8)
-
-
-@pytest.mark.parametrize(
-    ("task", "text"),
-    [
-        (
-            "pick_up_the_milk_and_place_it_in_the_basket",
-            "pick up the milk and place it in the basket",
-        ),
-        ("KITCHEN_SCENE10_close_the_top_drawer", "close the top drawer"),
-        ("LIVING_ROOM_SCENE2_put_both_the_cans_in_the_basket", "put both the cans in the basket"),
-        ("STUDY_SCENE1_pick_up_the_book", "pick up the book"),
-        ("put it in the KITCHEN_SCENE1_box", "put it in the KITCHEN SCENE1 box"),
-        ("reach-v3", "reach-v3"),
-    ],
-)
-def test_instructions_are_what_names_say(task, text):
-    assert instruction(task) == text
-
-
-def test_instructions_of_all_libero_tasks_are_those_of_the_data():
-    tasks = [task for suite in libero_names.SUITES for task in libero_names.tasks_of(suite)]
-    assert len(tasks) == 130
-    assert [instruction(task) for task in tasks] == list(map(libero_names.instruction, tasks))
 
 
 def test_known_tasks_are_not_embedded_again():

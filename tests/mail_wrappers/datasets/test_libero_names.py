@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mail_agents.encoders.language import instruction as encoder_instruction
 from mail_agents.errors import UnknownNameError
-from mail_wrappers.datasets.libero_names import SUITES, instruction, suite_of, tasks_of
+from mail_wrappers.datasets.libero_names import SUITES, suite_of, tasks_of
 
 ALL = [task for suite in SUITES for task in tasks_of(suite)]
 
@@ -19,28 +18,6 @@ def test_sizes_and_order():
     assert len(set(ALL)) == 130
     assert tasks_of("libero_object")[7] == "pick_up_the_milk_and_place_it_in_the_basket"
     assert tasks_of("libero_goal")[9] == "put_the_wine_bottle_on_the_rack"
-
-
-@pytest.mark.parametrize(
-    ("task", "words"),
-    [
-        ("turn_on_the_stove", "turn on the stove"),
-        (
-            "KITCHEN_SCENE10_close_the_top_drawer_of_the_cabinet",
-            "close the top drawer of the cabinet",
-        ),
-        (
-            "LIVING_ROOM_SCENE2_put_both_the_alphabet_soup_and_the_tomato_sauce_in_the_basket",
-            "put both the alphabet soup and the tomato sauce in the basket",
-        ),
-    ],
-)
-def test_instruction_leaves_the_scene_out(task, words):
-    assert instruction(task) == words
-
-
-def test_agents_see_the_same_words():
-    assert [encoder_instruction(task) for task in ALL] == [instruction(task) for task in ALL]
 
 
 def test_suite_of():

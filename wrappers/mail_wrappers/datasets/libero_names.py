@@ -1,13 +1,12 @@
-"""Suites, tasks and instructions of LIBERO (Liu et al. 2023), without importing LIBERO.
+"""Suites and tasks of LIBERO (Liu et al. 2023), without importing LIBERO.
 
 Facts of Lifelong-Robot-Learning/LIBERO: the task lists of
-``libero/libero/benchmark/libero_suite_task_map.py`` in task order 0, and the rule by which
-``libero/libero/benchmark/__init__.py`` turns a file name into an instruction. A task's name is the
-stem of its BDDL file, and of its HDF5 file without ``_demo``.
+``libero/libero/benchmark/libero_suite_task_map.py`` in task order 0. A task's name is the stem of
+its BDDL file, and of its HDF5 file without ``_demo``;
+:func:`~mail_agents.data.instructions.instruction` says what it asks for.
 """
 
 import json
-import re
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +20,6 @@ SUITES: tuple[str, ...] = (
     "libero_10",
     "libero_90",
 )
-
-_SCENE = re.compile(r"^[A-Z][A-Z_]*_SCENE\d+_")
 
 
 @cache
@@ -56,12 +53,3 @@ def suite_of(task: str, hint: str | None = None) -> str | None:
     found = [suite for suite in SUITES if task in _tasks()[suite]]
     named = [suite for suite in found if hint and suite in hint]
     return (named or found or [None])[0]
-
-
-def instruction(task: str) -> str:
-    """What the task asks for, as LIBERO words it: from the file name, without the scene.
-
-    ``KITCHEN_SCENE3_turn_on_the_stove`` is ``"turn on the stove"``. The ``:language`` entries of
-    the BDDL files differ in wording; LIBERO's own training and evaluation use this form.
-    """
-    return _SCENE.sub("", task).replace("_", " ")
