@@ -3,6 +3,7 @@
 from mail_agents.ops.backends import backend_report, use_backend
 from mail_agents.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mail_agents.ops.selective_scan import selective_scan, selective_scan_step
+from mail_agents.ops.ssd import ssd, ssd_step
 
 __all__ = [
     "backend_report",
@@ -10,5 +11,7 @@ __all__ = [
     "causal_conv1d_step",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
     "use_backend",
 ]

@@ -1,0 +1,102 @@
+"""Arguments of the state space duality op as one value, so that backends share a signature."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mail_agents.errors import InvalidInputError
+
+#: Bounds of the step size that bound nothing: softplus is positive.
+UNLIMITED = (0.0, float("inf"))
+
+
+class SsdInputs(NamedTuple):
+    """See :func:`mail_agents.ops.ssd.ssd` for meaning and shapes."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    dt_limit: tuple[float, float]
+    h0: Tensor | None
+    reset: Tensor | None
+    return_state: bool
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the inputs that are tensors."""
+        return [value for value in self if isinstance(value, Tensor)]
+
+    def check(self) -> None:
+        """Raises InvalidInputError when a shape, dtype or limit does not fit."""
+        x, B = self.x, self.B
+        if x.dim() != 4 or B.dim() != 4:
+            raise InvalidInputError(
+                f"ssd needs x (B, L, H, P) and B (B, L, G, N), got x {tuple(x.shape)} and "
+                f"B {tuple(B.shape)}. Split channels into heads with x.unflatten(-1, (H, P))."
+            )
+        batch, length, heads, head = x.shape
+        groups, n = B.shape[2:]
+        sequence, projection = (batch, length, heads, head), (batch, length, groups, n)
+        for name, shape in (
+            ("dt", (batch, length, heads)),
+            ("A", (heads,)),
+            ("B", projection),
+            ("C", projection),
+            ("D", (heads,) if self.D is not None and self.D.dim() == 1 else (heads, head)),
+            ("z", sequence),
+            ("dt_bias", (heads,)),
+            ("h0", (batch, heads, head, n)),
+            ("reset", (batch, length)),
+        ):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.shape != shape:
+                raise InvalidInputError(
+                    f"ssd: {name} has shape {tuple(tensor.shape)}, expected {shape} from "
+                    f"x (B, L, H, P) = {sequence}, G = {groups} and N = {n}."
+                )
+        if groups == 0 or heads % groups:
+            raise InvalidInputError(
+                f"ssd: {groups} groups of B and C do not divide {heads} heads; every group "
+                "serves the same number of heads."
+            )
+        self._check_dtypes()
+        low, high = self.dt_limit
+        if not 0 <= low <= high:
+            raise InvalidInputError(
+                f"ssd: dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}."
+            )
+
+    def _check_dtypes(self) -> None:
+        if self.A.is_complex() or not self.x.is_floating_point():
+            raise InvalidInputError(
+                f"ssd needs real floating point inputs, got x {self.x.dtype}, A {self.A.dtype}."
+            )
+        if self.reset is not None and self.reset.dtype != torch.bool:
+            raise InvalidInputError(f"ssd: reset must be bool, got {self.reset.dtype}.")
+
+    def work_dtype(self) -> torch.dtype:
+        """Returns the dtype of all arithmetic: float32, or float64 when an input is float64."""
+        wide = any(t.dtype == torch.float64 for t in self.tensors())
+        return torch.float64 if wide else torch.float32
+
+
+def step_sizes(
+    dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]
+) -> Tensor:
+    """Returns ``clamp(softplus(dt + bias), *limit)`` in the dtype of ``dt``.
+
+    A raw step size of -inf gives exactly 0 whatever the lower limit, with a gradient of 0.
+    """
+    raw = dt if bias is None else dt + bias.to(dt.dtype)
+    sizes = F.softplus(raw) if softplus else raw
+    low, high = limit
+    if not softplus or limit != UNLIMITED:
+        sizes = sizes.clamp(low, high)
+    return sizes.masked_fill(raw == -torch.inf, 0.0) if low > 0 else sizes

@@ -1,0 +1,170 @@
+"""State space duality, the sequence operation of Mamba-2, with interchangeable backends.
+
+Section 3 and listing 1 of Dao & Gu 2024 ("Transformers are SSMs: Generalized Models and Efficient
+Algorithms Through Structured State Space Duality"), with the conventions of the released code
+(``mamba_ssm/ops/triton/ssd_combined.py``): one decay rate per head, B and C shared by the heads of
+a group::
+
+    dt_t = clamp(softplus(dt_t + dt_bias), dt_limit)
+    h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T         (zero before the first step, or h0)
+    y_t  = (h_t C_t + D x_t) * silu(z_t)
+
+All arithmetic is float32 (float64 when an input is float64), whatever the dtype of the inputs.
+
+==============  ==========================================  =====================================
+backend         runs                                        gradients
+==============  ==========================================  =====================================
+``torch``       everywhere                                  first order
+``reference``   everywhere, slow, readable                  any order, forward mode, torch.func
+==============  ==========================================  =====================================
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, step_sizes
+from mail_agents.ops.backends import Candidate, choose
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = UNLIMITED,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Runs the state space recurrence of Mamba-2 over a batch of sequences.
+
+    Any length including zero is allowed, and any strides. A step whose raw step size is -inf is an
+    exact no-op: it leaves the state as it is, and no gradient goes through it. Sequences of several
+    lengths are padded that way. Inputs of such steps have to be finite.
+
+    Args:
+        x: Input, (B, L, H, P).
+        dt: Step sizes before bias, softplus and limits, (B, L, H).
+        A: Decay rates, (H,), real and normally negative.
+        B: Input projection of each step, (B, L, G, N); G divides H.
+        C: Output projection of each step, (B, L, G, N).
+        D: Skip weight, (H,) or (H, P).
+        z: Gate, (B, L, H, P); the output is multiplied by silu(z).
+        dt_bias: Added to ``dt``, (H,).
+        dt_softplus: Whether step sizes go through softplus (identity above 20).
+        dt_limit: Smallest and largest step size, (low, high) with 0 <= low <= high.
+        h0: State before the first step, (B, H, P, N); zero when absent. Differentiable.
+        reset: (B, L) bool; True drops the state before that step, so that a new sequence starts
+            there. The dropped state has to be finite.
+        return_state: Whether to return the state after the last step as well.
+        backend: ``"auto"`` or a name of :data:`mail_agents.ops.backends.BACKENDS`.
+
+    Returns:
+        y (B, L, H, P) in the dtype of ``x``; with ``return_state`` the pair of y and the last state
+        (B, H, P, N) in float32 (float64 when an input is float64), which is differentiable.
+
+    Raises:
+        InvalidInputError: Shapes, dtypes or limits do not fit, or a backend named explicitly cannot
+            run.
+        UnknownNameError: There is no such backend.
+        MissingDependencyError: A backend named explicitly is not installed.
+    """
+    inputs = SsdInputs(
+        *(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, h0, reset, return_state)
+    )
+    inputs.check()
+    candidate = choose("ssd", _CANDIDATES, backend, inputs)
+    with _no_autocast(x.device):
+        y, last = candidate.run(inputs)
+    return (y, last) if return_state else y
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = UNLIMITED,
+) -> tuple[Tensor, Tensor]:
+    """Advances the recurrence of :func:`ssd` by one step.
+
+    Args:
+        state: (B, H, P, N), float32 or float64; not modified.
+        x: Input, (B, H, P).
+        dt: Step size before bias, softplus and limits, (B, H).
+        A: Decay rates, (H,).
+        B: Input projection, (B, G, N).
+        C: Output projection, (B, G, N).
+        D: Skip weight, (H,) or (H, P).
+        z: Gate, (B, H, P).
+        dt_bias: Added to ``dt``, (H,).
+        dt_softplus: Whether the step size goes through softplus.
+        dt_limit: Smallest and largest step size.
+
+    Returns:
+        y (B, H, P) in the dtype of ``x``, and the new state (B, H, P, N) in the dtype of ``state``.
+    """
+    with _no_autocast(x.device):
+        work, (batch, heads, head, n), groups = state.dtype, state.shape, B.shape[1]
+        u = x.to(work)
+        size = step_sizes(dt.to(work), dt_bias, dt_softplus, dt_limit)
+        decay = torch.exp(size * A.to(work))
+        # Heads of a group side by side: one matrix per group, and the vector on its left.
+        rows = (batch * groups, heads // groups * head, n)
+        push = (size.unsqueeze(-1) * u).reshape(*rows[:2], 1) * B.to(work).reshape(-1, 1, n)
+        state = torch.addcmul(push.view(state.shape), decay[:, :, None, None], state)
+        y = torch.bmm(C.to(work).reshape(-1, 1, n), state.reshape(rows).mT).view(u.shape)
+        return _skip_and_gate(y, u, D, z).to(x.dtype), state
+
+
+def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    if D is not None:
+        y = torch.addcmul(y, x, (D if D.dim() == 2 else D.unsqueeze(-1)).to(y.dtype))
+    return y if z is None else y * F.silu(z.to(y.dtype))
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The recurrence compounds rounding errors over time, so mixed precision stops here."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _reference(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written down, one step at a time."""
+    work = inputs.work_dtype()
+    x, A = inputs.x.to(work), inputs.A.to(work)
+    per_group = x.shape[2] // inputs.B.shape[2]
+    B, C = (t.to(work).repeat_interleave(per_group, dim=2) for t in (inputs.B, inputs.C))
+    dt = step_sizes(inputs.dt.to(work), inputs.dt_bias, inputs.dt_softplus, inputs.dt_limit)
+    first = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+    h = first if inputs.h0 is None else inputs.h0.to(work)
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)
+        if inputs.reset is not None:
+            decay = decay.masked_fill(inputs.reset[:, t, None], 0.0)
+        push = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        h = decay[:, :, None, None] * h + push
+        outputs.append((h * C[:, t, :, None]).sum(-1))
+    y = torch.stack(outputs, 1) if outputs else x.clone()
+    return _skip_and_gate(y, x, inputs.D, inputs.z).to(inputs.x.dtype), h
+
+
+_CANDIDATES = (Candidate("reference", _reference, lambda _: None),)
