@@ -27,10 +27,20 @@ THIRD_PARTY = REPOSITORY / "tests" / "third_party"
 sys.path.append(str(THIRD_PARTY))
 
 
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled kernels are kept, for every test: they are built once, not per process."""
+    return tmp_path_factory.mktemp("kernels")
+
+
 @pytest.fixture(autouse=True)
-def isolated_roots(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+def isolated_roots(
+    tmp_path_factory: pytest.TempPathFactory, kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Redirects every data set, cache and run root to a temporary directory."""
     root = tmp_path_factory.mktemp("roots")
+    (root / "xdg_cache_home").mkdir()
+    (root / "xdg_cache_home" / "mail-agents").symlink_to(kernel_cache, target_is_directory=True)
     for variable in (
         "MINARI_DATASETS_PATH",
         "XDG_CACHE_HOME",

@@ -20,14 +20,16 @@ from typing import Any
 import torch
 
 from mail_agents.errors import InvalidInputError, MissingDependencyError, unknown_name
+from mail_agents.ops import _native
 
 logger = logging.getLogger(__name__)
 
 #: Environment variable that names the backend when neither argument nor context manager does.
 ENV_VAR = "MAIL_AGENTS_BACKEND"
 
-#: Every backend name of this package; an op may implement a part of them.
-BACKENDS = ("cuda", "torch", "reference")
+#: Every backend name of this package, in the order in which ``"auto"`` tries them; an op may
+#: implement a part of them.
+BACKENDS = ("cuda", "native", "numba", "torch", "reference")
 
 _override: ContextVar[str | None] = ContextVar("mail_agents_backend", default=None)
 _recorder: ContextVar[dict[str, set[str]] | None] = ContextVar("mail_agents_ran", default=None)
@@ -37,7 +39,7 @@ _logged: set[tuple[str, str]] = set()
 
 @dataclass(frozen=True)
 class Extension:
-    """A compiled third-party module that a backend needs.
+    """A third-party module that a backend needs.
 
     Attributes:
         module: Importable name.
@@ -62,6 +64,7 @@ CAUSAL_CONV1D = Extension(
     "causal-conv1d",
     "pip install --no-deps --no-build-isolation causal-conv1d==1.7.0",
 )
+NUMBA = Extension("numba", "numba", "pip install 'mail-agents[numba]'")
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
 
     Raises:
         UnknownNameError: There is no such backend.
-        MissingDependencyError: An explicit backend needs an extension that cannot be imported.
+        MissingDependencyError: An explicit backend needs an extension that cannot be imported, or
+            kernels that cannot be compiled.
         InvalidInputError: An explicit backend cannot run these inputs.
     """
     name = requested_backend(argument)
@@ -172,6 +176,8 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
     candidate = by_name[name]
     if candidate.extension is not None:
         _require(op, candidate.name, candidate.extension)
+    if name == "native":
+        _require_native(op)
     reason = candidate.refuse(*inputs)
     if reason is not None:
         raise InvalidInputError(
@@ -190,6 +196,17 @@ def _require(op: str, backend: str, extension: Extension) -> None:
             f"{extension.module!r}, which cannot be imported ({failure}). "
             f"Install it with: {extension.fix}\n"
             "Run 'mail-agents doctor' for versions, or use backend='auto'."
+        )
+
+
+def _require_native(op: str) -> None:
+    native = _native.load()
+    if native.failure:
+        repair = f" Repair it with: {native.fix}\n" if native.fix else " "
+        raise MissingDependencyError(
+            f"Backend 'native' was requested for {op}, but its kernels are not available: "
+            f"{native.failure}.{repair}"
+            "Run 'mail-agents doctor' for details, or use backend='auto'."
         )
 
 
@@ -234,41 +251,62 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+#: Modules of the ops; each lists its implementations in ``_CANDIDATES``.
+_OPS = ("selective_scan", "causal_conv1d", "ssd")
+
+
 def backend_report() -> list[dict[str, Any]]:
     """Says for every op and backend whether it can run here, and how to repair it when not.
+
+    Compiles the native kernels if they are not in the cache.
 
     Returns:
         One dictionary per row, in the order in which ``"auto"`` tries them: ``op``, ``name``,
         ``available``, ``reason`` (empty when available), ``versions`` (package -> version or None),
-        ``fix`` (shell command, empty when none is needed).
+        ``fix`` (shell command, empty when none is needed) and ``auto`` (kinds of device, ``"cpu"``
+        or ``"cuda"``, whose float32 tensors ``"auto"`` gives to this backend on this machine).
     """
-    needs = {"selective_scan": SELECTIVE_SCAN_CUDA, "causal_conv1d": CAUSAL_CONV1D}
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    rows: list[dict[str, Any]] = []
-    for op, extension in needs.items():
-        failure = probe(extension).failure
-        reasons = [f"cannot import {extension.module} ({failure})"] if failure else []
-        if not torch.cuda.is_available():
-            reasons.append("torch sees no CUDA device")
-        rows.append(
-            {
-                "op": op,
-                "name": "cuda",
-                "available": not reasons,
-                "reason": "; ".join(reasons),
-                "versions": {**versions, extension.distribution: _version(extension.distribution)},
-                "fix": extension.fix if failure else "",
-            }
-        )
-        rows += [
-            {
-                "op": op,
-                "name": name,
-                "available": True,
-                "reason": "",
-                "versions": dict(versions),
-                "fix": "",
-            }
-            for name in ("torch", "reference")
-        ]
+    rows = []
+    for op in _OPS:
+        candidates = importlib.import_module(f"mail_agents.ops.{op}")._CANDIDATES
+        devices = {"cuda": torch.cuda.is_available(), "cpu": True}
+        for candidate in candidates:
+            reason, fix, versions = _state(candidate)
+            runs_on = {"cuda": ("cuda",), "native": ("cpu",), "numba": ("cpu",)}
+            auto = []
+            for device in runs_on.get(candidate.name, ("cuda", "cpu")):
+                if not reason and devices[device]:
+                    auto.append(device)
+                    devices[device] = False
+            rows.append(
+                {
+                    "op": op,
+                    "name": candidate.name,
+                    "available": not reason,
+                    "reason": reason,
+                    "versions": {"torch": torch.__version__, "cuda": torch.version.cuda} | versions,
+                    "fix": fix,
+                    "auto": auto,
+                }
+            )
     return rows
+
+
+def _state(candidate: Candidate) -> tuple[str, str, dict[str, str | None]]:
+    """Why a backend cannot run here (empty when it can), the repair, and what it is made of."""
+    if candidate.name == "native":
+        native = _native.load()
+        return native.failure, native.fix, {"library": str(native.path) if native.path else None}
+    extension = candidate.extension
+    if extension is None:
+        return "", "", {}
+    versions = {extension.distribution: _version(extension.distribution)}
+    if candidate.name == "numba" and not _native.load().failure:
+        # It is imported only where it is used: nothing is missing while the native kernels work.
+        absent = "not installed; 'auto' needs it only where the native kernels do not work"
+        return "" if versions["numba"] else absent, "", versions
+    failure = probe(extension).failure
+    reasons = [f"cannot import {extension.module} ({failure})"] if failure else []
+    if candidate.name == "cuda" and not torch.cuda.is_available():
+        reasons.append("torch sees no CUDA device")
+    return "; ".join(reasons), extension.fix if failure else "", versions

@@ -1,0 +1,351 @@
+"""The compiled CPU kernels: the C++ files of this package, built on first use, called by ctypes.
+
+Nothing is compiled on import. The first op call that may use the kernels builds all of them into
+one shared library, in a folder of the user's cache whose name depends on everything that the
+result depends on, and that no other user can write to. Whatever goes wrong ends as a text:
+``"auto"`` then takes the next backend, and naming ``native`` raises with that text.
+
+A source file ``x.cpp`` may export ``const char *selftest_x(void)``; it returns a null pointer when
+the kernels of that file reproduce known numbers, else what differs. It is called once per process,
+before anything else in the library.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent / "native"
+#: Part of the key of the cache: raise it when callers expect other functions of the same sources.
+_ABI = 1
+#: Longest time for the whole build, seconds; it takes a few on an idle machine.
+_TIMEOUT_S = 120.0
+#: Build folders older than this were left by processes that were killed, seconds.
+_STALE_S = 3600.0
+
+#: No -ffast-math: kernels rely on rounding, and NaN and infinity have to propagate.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-exceptions", "-fno-rtti"),
+)
+#: The first that a compiler accepts is used.
+_TUNING = (("-march=native",), ("-mcpu=native",), ())
+
+_GET_COMPILER = {
+    "linux": "apt-get install g++ (Debian and Ubuntu)",
+    "darwin": "xcode-select --install",
+}
+_OTHER_COMPILER = "export CXX=g++ (any GCC from 10 or Clang from 11 on)"
+
+
+class Native(NamedTuple):
+    """The loaded library, or why there is none.
+
+    Attributes:
+        library: The kernels, or None.
+        failure: Why there is no library; empty when there is one.
+        fix: Command that repairs it; empty when there is none or nothing to repair.
+        path: The file that was loaded.
+    """
+
+    library: ctypes.CDLL | None
+    failure: str
+    fix: str = ""
+    path: Path | None = None
+
+
+class _Unavailable(Exception):
+    """Reason and repair."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(reason)
+        self.fix = fix
+
+
+@functools.cache
+def load() -> Native:
+    """Builds the kernels if they are not in the cache, and loads them; once per process.
+
+    ``load.cache_clear()`` forgets the result. Never raises.
+    """
+    try:
+        path, library = _find_or_build()
+        return Native(library, "", "", path)
+    except _Unavailable as error:
+        return Native(None, str(error), error.fix)
+    except Exception as error:  # whatever it is, the other backends work
+        return Native(None, f"{type(error).__name__}: {error}")
+
+
+def refuse_native(*tensors: Tensor | None) -> str | None:
+    """Returns why the kernels cannot run on these tensors, or None; builds them if needed."""
+    from mail_agents.ops.backends import refuse_torch_func  # it imports this module
+
+    present = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.device.type != "cpu" for tensor in present):
+        return "its kernels need tensors on the CPU"
+    if any(tensor.dtype == torch.float64 for tensor in present):
+        return "its kernels compute in float32, an input is float64"
+    return refuse_torch_func() or load().failure or None
+
+
+def threads() -> int:
+    """Returns the number of threads that a kernel may use: the setting of torch."""
+    return torch.get_num_threads()
+
+
+def cache_directory(name: str) -> Path:
+    """Returns a folder of the user's cache, created when missing.
+
+    Raises:
+        OSError: It cannot be created.
+        PermissionError: Other users could put files there, which would then be executed.
+    """
+    folder = user_cache() / "mail-agents" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.name == "nt":
+        return folder
+    folder = folder.resolve()
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} belongs to another user, or others can write to it")
+    for parent in folder.parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(f"everybody can write to {parent}, which holds {folder}")
+    return folder
+
+
+def user_cache() -> Path:
+    """Returns where programs of this user keep what they can make again."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named:
+        return Path(named)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    return Path.home() / ".cache"
+
+
+def _find_or_build() -> tuple[Path, ctypes.CDLL]:
+    if sys.platform not in _GET_COMPILER:
+        raise _Unavailable("the kernels are built on Linux and macOS only", "")
+    sources = sorted(_SOURCES.glob("*.cpp"))
+    if not sources:
+        raise _Unavailable(f"there are no kernel sources in {_SOURCES}", "")
+    compiler = _compiler()
+    try:
+        folder = cache_directory("native")
+    except (OSError, RuntimeError) as error:
+        raise _Unavailable(
+            f"no folder for the compiled kernels: {error}",
+            "export XDG_CACHE_HOME=... (a folder that belongs to you)",
+        ) from error
+    key = _key(compiler)
+    for path in sorted(folder.glob(f"{key}-*.so")):
+        if path.stem == f"{key}-{_digest(path)}":
+            with contextlib.suppress(OSError):  # made where other libraries are: build it again
+                return path, _open(path, sources)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    path = _build(compiler, sources, folder, key)
+    return path, _open(path, sources)
+
+
+def _compiler() -> list[str]:
+    """Returns the command of the compiler: that of ``CXX``, else the first usual one."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        found = shutil.which(named[0])
+        if found is None:
+            raise _Unavailable(f"CXX names {named[0]!r}, which is not here", "unset CXX")
+        return [found, *named[1:]]
+    for name in ("c++", "g++", "clang++"):
+        found = shutil.which(name)
+        if found is not None:
+            return [found]
+    raise _Unavailable("there is no C++ compiler", _GET_COMPILER[sys.platform])
+
+
+def _key(compiler: Sequence[str]) -> str:
+    """A name for everything that the library depends on."""
+    program = Path(compiler[0]).resolve()
+    found = program.stat()
+    parts = [
+        *(str(part) for part in (_ABI, _FLAGS, _TUNING, list(compiler), program)),
+        *(str(part) for part in (found.st_size, found.st_mtime_ns, platform.machine())),
+        *(torch.backends.cpu.get_cpu_capability(), _cpu_features()),
+    ]
+    for source in sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h"))):
+        parts += [source.name, hashlib.sha256(source.read_bytes()).hexdigest()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _cpu_features() -> str:
+    """The instructions of this CPU; folders may be shared by machines that differ."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return " ".join(sorted(line.partition(":")[2].split()))
+    return platform.processor()
+
+
+def _digest(path: Path) -> str:
+    """Part of the name of a library, so that one that was cut short is never opened."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+
+
+def _open(path: Path, sources: Sequence[Path]) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for source in sources:
+        test = getattr(library, f"selftest_{source.stem}", None)
+        if test is None:
+            continue
+        test.argtypes, test.restype = [], ctypes.c_char_p
+        problem = test()
+        if problem:
+            raise _Unavailable(
+                f"{source.name} as compiled here gives wrong numbers ({problem.decode()})",
+                _OTHER_COMPILER,
+            )
+    return library
+
+
+def _build(compiler: Sequence[str], sources: Sequence[Path], folder: Path, key: str) -> Path:
+    """Compiles and links; the finished file appears in the cache at once, or not at all."""
+    started = time.monotonic()
+    logger.info("compiling the CPU kernels with %s, once; this takes some seconds", compiler[0])
+    try:
+        _remove_stale(folder)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
+            made = _compile(compiler, sources, Path(temporary), started + _TIMEOUT_S)
+            path = folder / f"{key}-{_digest(made)}.so"
+            os.replace(made, path)
+    except OSError as error:
+        raise _Unavailable(
+            f"cannot write the compiled kernels to {folder}: {error}",
+            "export XDG_CACHE_HOME=... (a folder that you can write to)",
+        ) from error
+    except _Unavailable as error:
+        logger.warning(
+            "the CPU kernels could not be compiled, others run instead: %s. "
+            "MAIL_AGENTS_BACKEND=torch leaves out the attempt",
+            error,
+        )
+        raise
+    logger.info("compiled the CPU kernels in %.1f s: %s", time.monotonic() - started, path)
+    return path
+
+
+def _remove_stale(folder: Path) -> None:
+    for left in folder.glob("build-*"):
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _compile(
+    compiler: Sequence[str], sources: Sequence[Path], folder: Path, deadline: float
+) -> Path:
+    flags = [*_FLAGS, *_tuning(compiler, folder, deadline)]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    _run_all(
+        [
+            [*compiler, *flags, "-c", str(source), "-o", str(made)]
+            for source, made in zip(sources, objects, strict=True)
+        ],
+        deadline,
+    )
+    library = folder / "kernels.so"
+    _run_all(
+        [[*compiler, *flags, "-shared", *map(str, objects), "-lm", "-o", str(library)]], deadline
+    )
+    return library
+
+
+def _tuning(compiler: Sequence[str], folder: Path, deadline: float) -> list[str]:
+    """Returns the flags for this CPU and for threads that the compiler takes."""
+    empty = folder / "empty.cpp"
+    empty.write_text('extern "C" int nothing(void) { return 0; }\n')
+
+    def takes(*flags: str, code: Path = empty) -> bool:
+        command = [*compiler, *flags, "-shared", "-fPIC", str(code), "-o", str(folder / "empty.so")]
+        try:
+            _run_all([command], deadline)
+        except _CompileError:
+            return False
+        return True
+
+    tuning = next(flags for flags in _TUNING if not flags or takes(*flags))
+    # Only GCC: the OpenMP library of Clang ends the process when torch brings another copy of it.
+    gnu = folder / "gnu.cpp"
+    gnu.write_text("#ifdef __clang__\n#error\n#endif\n#include <omp.h>\n")
+    return [*tuning, *(["-fopenmp"] if takes("-fopenmp", code=gnu) else [])]
+
+
+class _CompileError(_Unavailable):
+    """The compiler ran and reported an error."""
+
+
+def _run_all(commands: Sequence[Sequence[str]], deadline: float) -> None:
+    """Runs commands side by side; raises _Unavailable when one fails or time is up."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        for command in commands:
+            running.append(
+                # A session of its own: a compiler is several processes, which end together.
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    env={**os.environ, "LC_ALL": "C"},
+                    start_new_session=True,
+                )
+            )
+        for process in running:
+            message = process.communicate(timeout=max(0.0, deadline - time.monotonic()))[1]
+            if process.returncode:
+                raise _CompileError(
+                    f"{process.args[0]} failed: {_first_error(message, process.returncode)}",  # type: ignore[index]
+                    _OTHER_COMPILER,
+                )
+    except subprocess.TimeoutExpired as error:
+        raise _Unavailable(
+            f"{commands[0][0]} had not finished after {_TIMEOUT_S:.0f} s", _OTHER_COMPILER
+        ) from error
+    except OSError as error:
+        raise _CompileError(f"cannot run {commands[0][0]}: {error}", _OTHER_COMPILER) from error
+    finally:
+        for process in running:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+
+
+def _first_error(message: str, status: int) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [f"exit status {status}"])[0][:300]
