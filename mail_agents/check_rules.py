@@ -20,7 +20,7 @@ from mail_agents.artifact import artifact_bytes, load_agent
 from mail_agents.check_subject import NotApplicable, Subject, Violation
 from mail_agents.data.segments import SegmentSpec
 from mail_agents.errors import MailAgentsError, MissingStatisticsError
-from mail_agents.mixers.base import Mixer
+from mail_agents.mixers.base import CausalMixer
 from mail_agents.registry import AgentSpec
 
 _TOLERANCE = 1e-4
@@ -331,17 +331,17 @@ def bfloat16_autocast(subject: Subject) -> None:
 
 
 def _is_plain_mixer(module: torch.nn.Module) -> bool:
-    """Whether a module maps one sequence to another (decoder attention also reads a memory)."""
+    """Whether a module has steps and reads one sequence (decoder attention reads a memory too)."""
     arguments = list(inspect.signature(module.forward).parameters)
-    return isinstance(module, Mixer) and arguments == ["x", "mask"] and hasattr(module, "d_model")
+    return isinstance(module, CausalMixer) and arguments == ["x", "mask"] and hasattr(module, "d_model")
 
 
 def mixers_step_like_forward(subject: Subject) -> None:
-    """Recurrent steps of every mixer agree with its parallel form."""
+    """Recurrent steps of every causal mixer agree with its parallel form."""
     policy = subject.agent().policy.eval()
     mixers: dict[type, Any] = {type(m): m for m in policy.modules() if _is_plain_mixer(m)}
     if not mixers:
-        raise NotApplicable("the policy has no recurrent mixer")
+        raise NotApplicable("the policy has no causal mixer")
     generator = torch.Generator().manual_seed(0)
     for kind, mixer in mixers.items():
         x = torch.randn(2, 6, mixer.d_model, generator=generator)

@@ -1,11 +1,14 @@
-"""Sequence mixers (B, L, D) -> (B, L, D) with equivalent single steps, and residual stacks."""
+"""Sequence mixers (B, L, D) -> (B, L, D), steps of the causal ones, and residual stacks."""
 
 from mail_agents.mixers.attention import CausalSelfAttention, FusedCrossAttention
-from mail_agents.mixers.base import Mixer
+from mail_agents.mixers.base import CausalMixer, Mixer
+from mail_agents.mixers.bimamba import BiMamba
 from mail_agents.mixers.mamba import Mamba, MambaState
 from mail_agents.mixers.stack import MambaStack, TransformerBlock, TransformerStack
 
 __all__ = [
+    "BiMamba",
+    "CausalMixer",
     "CausalSelfAttention",
     "FusedCrossAttention",
     "Mamba",

@@ -46,6 +46,8 @@ class KVCache(NamedTuple):
 class _Attention(nn.Module):
     """Projections and arithmetic that both kinds of attention share."""
 
+    causal = True
+
     def __init__(self, d_model: int, heads: int, dropout: float) -> None:
         super().__init__()
         if heads < 1 or d_model % heads:
@@ -165,7 +167,7 @@ class CrossState(NamedTuple):
 class FusedCrossAttention(_Attention):
     """Causal self-attention plus unmasked cross-attention, summed before one output projection.
 
-    Not a :class:`mail_agents.mixers.base.Mixer`: its state begins with the memory to attend to.
+    Not a :class:`mail_agents.mixers.base.CausalMixer`: its state begins with the memory to attend to.
 
     Args:
         d_model: Width D of tokens and memory.

@@ -1,26 +1,38 @@
-"""What every sequence mixer offers: a whole sequence at once, or one step at a time."""
+"""What sequence mixers offer: whole sequences, and single steps where they are causal."""
 
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @runtime_checkable
 class Mixer(Protocol):
-    """A causal map of sequences (B, L, D) -> (B, L, D) that can also run step by step.
+    """A map of sequences (B, L, D) -> (B, L, D).
 
-    ``step`` over the tokens of a sequence, from ``init_state``, gives what ``__call__`` gives for
-    the whole sequence; ``prefill`` does the same for a prefix at once and returns its state.
-    States are immutable: every method returns a new one.
+    ``causal`` says whether outputs depend on no later input. Only then is there a state to carry
+    from one step to the next, see :class:`CausalMixer`.
 
     ``mask`` (B, L) bool is False at steps that must not influence anything, and leading steps are
-    the intended use (a window that begins before its episode does). A mixer returns zeros there.
+    the intended use (a window that begins before its episode does): a sequence with masked steps
+    in front equals the sequence without them. A mixer returns zeros there.
     """
+
+    causal: bool
 
     def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps (B, L, D) to (B, L, D)."""
         ...
+
+
+@runtime_checkable
+class CausalMixer(Mixer, Protocol):
+    """A :class:`Mixer` that can also run step by step.
+
+    ``step`` over the tokens of a sequence, from ``init_state``, gives what ``__call__`` gives for
+    the whole sequence; ``prefill`` does the same for a prefix at once and returns its state.
+    States are immutable: every method returns a new one.
+    """
 
     def init_state(
         self,
@@ -40,6 +52,26 @@ class Mixer(Protocol):
     ) -> tuple[Tensor, Any]:
         """Maps (B, L, D) to (B, L, D) from ``state`` on, and returns the state after it."""
         ...
+
+
+class NonCausalMixer(nn.Module):
+    """Base of mixers that read sequences from both ends; asking them for a state says why not."""
+
+    causal = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("init_state", "step", "prefill"):
+            raise AttributeError(no_states(type(self).__name__, name))
+        return super().__getattr__(name)
+
+
+def no_states(what: str, asked: str) -> str:
+    """Words the refusal of ``asked`` (a method) by ``what``, which is not causal."""
+    return (
+        f"{what} has no {asked}: every output depends on later tokens, so there is no state to "
+        "carry from one step to the next. Give it the whole sequence at once, or stream with a "
+        "causal mixer: 'mamba', 'mamba2' or 'attention'."
+    )
 
 
 def zero_masked(x: Tensor, mask: Tensor | None) -> Tensor:

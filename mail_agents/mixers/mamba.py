@@ -32,8 +32,8 @@ class MambaState(NamedTuple):
 
     def reset(self, rows: Tensor) -> "MambaState":
         """Returns a state in which the batch rows where ``rows`` (B,) bool is True start anew."""
-        chosen = rows[:, None, None]
-        return MambaState(self.history.masked_fill(chosen, 0), self.ssm.masked_fill(chosen, 0))
+        chosen = (rows.view(-1, *[1] * (part.ndim - 1)) for part in self)
+        return MambaState(*(part.masked_fill(c, 0) for part, c in zip(self, chosen, strict=True)))
 
     def detach(self) -> "MambaState":
         """Returns a state through which no gradient flows."""
@@ -85,6 +85,8 @@ class Mamba(nn.Module):
     Raises:
         InvalidInputError: A size is smaller than one.
     """
+
+    causal = True
 
     def __init__(
         self,

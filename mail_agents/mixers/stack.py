@@ -1,6 +1,6 @@
 """Residual stacks of sequence mixers: whole sequences, prefixes and single steps.
 
-:class:`MambaStack` is the Mamba backbone of MaIL (Jia et al. 2024; release: ``mamba.py`` and
+:class:`MambaStack`, over any state space mixer, is the Mamba backbone of MaIL (Jia et al. 2024; release: ``mamba.py`` and
 ``mamba_cross.py`` in ``agents/models/oc_ddpm``), :class:`TransformerStack` its
 transformer counterpart.
 """
@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mail_agents.errors import InvalidInputError
+from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.mixers.attention import MLP, CausalSelfAttention, FusedCrossAttention
-from mail_agents.mixers.base import Mixer, zero_masked
+from mail_agents.mixers.base import Mixer, no_states, zero_masked
+from mail_agents.mixers.bimamba import BiMamba
 from mail_agents.mixers.mamba import Mamba
 
 _EPS = 1e-5
+
+#: State space mixers by name: the blocks of a :class:`MambaStack`.
+SSM_MIXERS: dict[str, Any] = {"mamba": Mamba, "bimamba": BiMamba}
 
 
 class ResidualBlock(nn.Module):
@@ -97,6 +101,8 @@ class TransformerBlock(nn.Module):
 class MambaStack(nn.Module):
     """Pre-norm residual Mamba blocks and a final LayerNorm, with MaIL's optional aggregation.
 
+    Any state space mixer can stand in the place of Mamba.
+
     ``q_l = q_{l-1} + Mamba_l(norm_l(q_{l-1})) + E`` and ``y = norm_f(q_layers)``: the same ``E``
     enters the residual stream after every block, the last one included. Parameter names are those
     of ``MixerModel`` in ``mamba_ssm`` (``layers.i.norm``, ``layers.i.mixer``, ``norm_f``), and so
@@ -109,6 +115,14 @@ class MambaStack(nn.Module):
         d_conv: Width of the convolutions.
         expand: Inner width in units of ``d_model``.
         backend: Kernel backend, see :mod:`mail_agents.ops.backends`.
+        mixer: What mixes tokens in every block, a name of :data:`SSM_MIXERS`.
+
+    Attributes:
+        causal: Whether the mixers are; only then there are states, ``prefill`` and ``step``.
+
+    Raises:
+        InvalidInputError: A size does not suit the mixer, or there are no layers.
+        UnknownNameError: There is no such mixer.
     """
 
     def __init__(
@@ -119,13 +133,18 @@ class MambaStack(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         backend: str = "auto",
+        mixer: str = "mamba",
     ) -> None:
         super().__init__()
         _check_layers(layers)
+        if mixer not in SSM_MIXERS:
+            raise unknown_name("state space mixer", mixer, SSM_MIXERS)
+        kind = SSM_MIXERS[mixer]
+        self.causal: bool = kind.causal
         self.layers = nn.ModuleList(
             ResidualBlock(
                 nn.LayerNorm(d_model, eps=_EPS),
-                Mamba(d_model, d_state, d_conv, expand, backend=backend),
+                kind(d_model, d_state, d_conv, expand, backend=backend),
             )
             for _ in range(layers)
         )
@@ -160,7 +179,12 @@ class MambaStack(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Any, ...]:
-        """Returns the states of all blocks before the first step."""
+        """Returns the states of all blocks before the first step.
+
+        Raises:
+            InvalidInputError: The mixers are not causal.
+        """
+        self._check_causal("init_state")
         states = (b.init_state(batch_size, device=device, dtype=dtype) for b in self._blocks())
         return tuple(states)
 
@@ -171,7 +195,12 @@ class MambaStack(nn.Module):
         aggregate: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Like :meth:`forward`, from ``state`` (default: zero); returns the new state too."""
+        """Like :meth:`forward`, from ``state`` (default: zero); returns the new state too.
+
+        Raises:
+            InvalidInputError: The mixers are not causal, or ``aggregate`` does not suit ``x``.
+        """
+        self._check_causal("prefill")
         _check_aggregate(x, aggregate)
         x, after = zero_masked(x, mask), []
         before = (None,) * len(self.layers) if state is None else state
@@ -184,7 +213,12 @@ class MambaStack(nn.Module):
     def step(
         self, x: Tensor, state: tuple[Any, ...], aggregate: Tensor | None = None
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Maps one token (B, D) to (B, D); ``aggregate`` is E at this position, (B, D)."""
+        """Maps one token (B, D) to (B, D); ``aggregate`` is E at this position, (B, D).
+
+        Raises:
+            InvalidInputError: The mixers are not causal, or ``aggregate`` does not suit ``x``.
+        """
+        self._check_causal("step")
         _check_aggregate(x, aggregate)
         after = []
         for layer, old in zip(self._blocks(), state, strict=True):
@@ -195,6 +229,11 @@ class MambaStack(nn.Module):
 
     def _blocks(self) -> Iterable[Any]:
         return self.layers
+
+    def _check_causal(self, asked: str) -> None:
+        if not self.causal:
+            kind = type(next(iter(self._blocks())).mixer).__name__
+            raise InvalidInputError(no_states(f"A stack of {kind}", asked))
 
 
 class StackState(NamedTuple):
@@ -215,6 +254,8 @@ class TransformerStack(nn.Module):
         max_len: Largest sequence length; longer ones raise instead of running out of distribution.
         cross: Whether blocks are decoder blocks that attend to a ``memory``.
     """
+
+    causal = True
 
     def __init__(
         self,

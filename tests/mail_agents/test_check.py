@@ -32,6 +32,8 @@ class Config(AgentConfig):
 class GoodMixer(nn.Module):
     """A running sum; the smallest thing that has a step."""
 
+    causal = True
+
     def __init__(self, d_model):
         super().__init__()
         self.d_model = d_model
