@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mail_agents.agent import Agent
 from mail_agents.agents.mail_backbone import MailBackbone
 from mail_agents.agents.mail_config import MailConfig, StackConfig
+from mail_agents.agents.mail_plan import Denoiser
 from mail_agents.data.instructions import instruction
 from mail_agents.data.stats import FeatureStats
 from mail_agents.encoders.augment import Augmentation
@@ -188,15 +189,20 @@ class MailPolicy(Policy):
                 "A diffusion policy clamps to the range of the training actions and was not given "
                 "it. Call agent.fit_statistics(dataset), or policy.set_action_bounds(low, high)."
             )
-        features = self.encode(batch)
-        return self.objective.sample(
-            lambda noisy, t: self.backbone(features, noisy, t),
-            (features.shape[0], *self.chunk),
+        noise = self.objective.draw_noise(
+            (len(batch["mask"]), *self.chunk),
             generators,
             deterministic=deterministic,
-            low=self.action_low,
-            high=self.action_high,
+            like=self.action_low,
         )
+        return _plan_of(self, batch, noise)
+
+
+def _plan_of(policy: MailPolicy, batch: Mapping[str, Tensor], noise: Tensor | None) -> Tensor:
+    """The deterministic part of sampling."""
+    features = policy.encode(batch)
+    net = Denoiser(policy.backbone, features)
+    return policy.objective.sample(net, noise, low=policy.action_low, high=policy.action_high)
 
 
 def _loss_of(

@@ -18,7 +18,7 @@ mixer decides how they are joined.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,18 @@ class StepEmbedding(nn.Module):
         """Embeds integer steps ``(B,)`` as ``(B, width)``."""
         angles = t.unsqueeze(-1) * self.frequencies
         return self.mlp(torch.cat((angles.sin(), angles.cos()), dim=-1))
+
+
+class Context(NamedTuple):
+    """What the decoder reads besides the action tokens.
+
+    Attributes:
+        before: Tokens before them ``(B, m, D)``, or None.
+        given: The encoder's output ``(B, ., D)`` by the name that the decoder has for it.
+    """
+
+    before: Tensor | None
+    given: dict[str, Tensor]
 
 
 class MailBackbone(nn.Module):
@@ -127,39 +139,39 @@ class MailBackbone(nn.Module):
             InvalidInputError: There are no or too many state tokens, or ``noisy`` and ``t`` do not
                 suit the objective.
         """
-        self._check(features, noisy, t)
-        time, states, actions = self._tokens(features, noisy, t)
+        self.check(features, noisy, t)
+        seen = self.context(self.lead_tokens(features, t))
+        tokens = self.action_tokens(noisy, *features.shape[:2])
+        if seen.before is not None:
+            tokens = torch.cat((seen.before, tokens), dim=1)
+        return self.head(self.decoder(tokens, **seen.given)[:, -self.horizon :])
+
+    def lead_tokens(self, features: Tensor, t: Tensor | None) -> Tensor:
+        """Builds what precedes the actions, [tau | states] or [states], ``(B, m, D)``."""
+        states = self.state_proj(features) + self.positions.weight[: features.shape[1]]
+        if t is None:
+            return states
+        return torch.cat((self.step_embedding(t).unsqueeze(1), states), dim=1)
+
+    def action_tokens(self, noisy: Tensor | None, rows: int, n: int) -> Tensor:
+        """Builds the action tokens ``(rows, J, D)`` that follow n states."""
+        if noisy is None:
+            return self.action_queries.weight.expand(rows, -1, -1)
+        return self.action_proj(noisy) + self.positions.weight[n - 1 : n - 1 + self.horizon]
+
+    def context(self, lead: Tensor) -> Context:
+        """Computes what the decoder reads besides the actions, from what precedes them."""
         if self.encoder is None:
-            out = self.decoder(torch.cat((*time, states, actions), dim=1))
-        elif self.aligned:
-            z, u = self._aligned(time, states, actions)
-            out = self.decoder(u, aggregate=self.encoder(z))
-        else:
-            out = self.decoder(actions, memory=self.encoder(torch.cat((*time, states), dim=1)))
-        return self.head(out[:, -self.horizon :])
+            return Context(lead, {})
+        if not self.aligned:
+            return Context(None, {"memory": self.encoder(lead)})
+        rows, length, _ = lead.shape
+        fill = self.action_variables.weight.expand(rows, -1, -1)
+        before = self.state_variables.weight[:length].expand(rows, -1, -1)
+        return Context(before, {"aggregate": self.encoder(torch.cat((lead, fill), dim=1))})
 
-    def _tokens(
-        self, features: Tensor, noisy: Tensor | None, t: Tensor | None
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Builds [tau] or [], state tokens ``(B, n, D)`` and action tokens ``(B, J, D)``."""
-        batch_size, n = features.shape[:2]
-        rows = self.positions.weight
-        states = self.state_proj(features) + rows[:n]
-        if noisy is None or t is None:
-            return [], states, self.action_queries.weight.expand(batch_size, -1, -1)
-        actions = self.action_proj(noisy) + rows[n - 1 : n - 1 + self.horizon]
-        return [self.step_embedding(t).unsqueeze(1)], states, actions
-
-    def _aligned(
-        self, time: list[Tensor], states: Tensor, actions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Pads both branches to the same length: encoder input Z and decoder input U."""
-        batch_size, n = states.shape[:2]
-        fill = self.action_variables.weight.expand(batch_size, -1, -1)
-        lead = self.state_variables.weight[: len(time) + n].expand(batch_size, -1, -1)
-        return torch.cat((*time, states, fill), dim=1), torch.cat((lead, actions), dim=1)
-
-    def _check(self, features: Tensor, noisy: Tensor | None, t: Tensor | None) -> None:
+    def check(self, features: Tensor, noisy: Tensor | None, t: Tensor | int | None) -> None:
+        """Refuses arguments that :meth:`forward` cannot take; see there."""
         if features.ndim != 3 or not 1 <= features.shape[1] <= self.max_states:
             raise InvalidInputError(
                 f"The model takes 1 to {self.max_states} state tokens (B, n, F); got features of "

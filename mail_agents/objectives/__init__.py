@@ -1,8 +1,12 @@
 """Objectives: how a network is trained to produce actions, and how actions are drawn from it.
 
 An objective knows nothing about observations or architecture. It sees a function
-``net(noisy, t)`` that maps a noisy action chunk ``(B, J, A)`` and diffusion steps ``(B,)`` (both
-None for objectives without noise) to a chunk ``(B, J, A)``.
+``net(noisy, t)`` that maps a noisy action chunk ``(B, J, A)`` and diffusion steps (both None for
+objectives without noise) to a chunk ``(B, J, A)``. Steps are ``(B,)`` in training; sampling goes
+through them one at a time, all rows together, so that they are plain integers there.
+
+Random numbers are drawn apart from the computation, in training and in sampling: what is left is
+deterministic, and can be compiled or captured.
 """
 
 from collections.abc import Sequence
@@ -18,10 +22,18 @@ Draws = tuple[Tensor, Tensor] | None
 
 
 class ActionNet(Protocol):
-    """What an objective trains and samples: see the module's docstring."""
+    """What an objective trains: see the module's docstring."""
 
     def __call__(self, noisy: Tensor | None, t: Tensor | None, /) -> Tensor:
         """Maps ``(B, J, A)`` noisy actions and ``(B,)`` int64 steps, or None, to ``(B, J, A)``."""
+        ...
+
+
+class PlanNet(Protocol):
+    """What an objective samples: see the module's docstring."""
+
+    def __call__(self, noisy: Tensor | None, step: int | None, /) -> Tensor:
+        """Maps ``(B, J, A)`` noisy actions, all at one step, or None, to ``(B, J, A)``."""
         ...
 
 
@@ -54,23 +66,33 @@ class Objective(Protocol):
         """
         ...
 
-    def sample(
+    def draw_noise(
         self,
-        net: ActionNet,
         shape: tuple[int, int, int],
         generators: Sequence[torch.Generator],
         *,
         deterministic: bool,
-        low: Tensor,
-        high: Tensor,
-    ) -> Tensor:
-        """Draws a chunk per row.
+        like: Tensor,
+    ) -> Tensor | None:
+        """Draws what :meth:`sample` needs for chunks of a shape, or None for nothing.
 
         Args:
-            net: The network.
             shape: ``(B, J, A)``.
             generators: One per row, so that a row does not depend on its neighbours.
             deterministic: Draw no random numbers.
+            like: Gives dtype and device.
+
+        Raises:
+            InvalidInputError: There is not one generator per row.
+        """
+        ...
+
+    def sample(self, net: PlanNet, noise: Tensor | None, *, low: Tensor, high: Tensor) -> Tensor:
+        """Makes a chunk per row, without random numbers of its own.
+
+        Args:
+            net: The network.
+            noise: Of :meth:`draw_noise`.
             low: ``(A,)`` smallest normalised training action per dimension.
             high: ``(A,)`` largest, like ``low``.
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mail_agents.objectives import ActionNet, Draws, masked_mse
+from mail_agents.objectives import ActionNet, Draws, PlanNet, masked_mse
 
 
 class BC:
@@ -26,15 +26,16 @@ class BC:
         """See :class:`~mail_agents.objectives.Objective`."""
         return masked_mse(net(None, None), target, mask)
 
-    def sample(
+    def draw_noise(
         self,
-        net: ActionNet,
         shape: tuple[int, int, int],
         generators: Sequence[torch.Generator],
         *,
         deterministic: bool,
-        low: Tensor,
-        high: Tensor,
-    ) -> Tensor:
-        """See :class:`~mail_agents.objectives.Objective`; the same with either flag."""
+        like: Tensor,
+    ) -> Tensor | None:
+        """See :class:`~mail_agents.objectives.Objective`; draws nothing with either flag."""
+
+    def sample(self, net: PlanNet, noise: Tensor | None, *, low: Tensor, high: Tensor) -> Tensor:
+        """See :class:`~mail_agents.objectives.Objective`."""
         return net(None, None)

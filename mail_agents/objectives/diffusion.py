@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
-from mail_agents.objectives import ActionNet, Draws, check_generators, masked_mse
+from mail_agents.objectives import ActionNet, Draws, PlanNet, check_generators, masked_mse
 
 
 class DDPM:
@@ -71,30 +70,43 @@ class DDPM:
         t, noise = self.draw(target) if draws is None else draws
         return masked_mse(net(self.add_noise(target, noise, t), t), noise, mask)
 
-    @torch.no_grad()
-    def sample(
+    def draw_noise(
         self,
-        net: ActionNet,
         shape: tuple[int, int, int],
         generators: Sequence[torch.Generator],
         *,
         deterministic: bool,
-        low: Tensor,
-        high: Tensor,
+        like: Tensor,
     ) -> Tensor:
+        """See :class:`~mail_agents.objectives.Objective`.
+
+        Returns:
+            ``(T, B, J, A)`` in the order of use: the chunk to start from, then what is added after
+            the steps T-1 .. 1, each with its deviation. All zeros are the deterministic sample.
+        """
+        check_generators(generators, shape[0])
+        if deterministic:
+            return like.new_zeros(self.steps, *shape)
+        # Each chunk is drawn by itself: one draw for all of them gives other numbers.
+        rows = [
+            torch.stack([_normal(shape[1:], each, like.dtype) for _ in range(self.steps)])
+            for each in generators
+        ]
+        noise = torch.stack(rows, dim=1)
+        deviations = noise.new_tensor([1.0, *(v**0.5 for v in self.variance[:0:-1])])
+        return (noise * deviations.view(-1, 1, 1, 1)).to(like.device)
+
+    @torch.no_grad()
+    def sample(self, net: PlanNet, noise: Tensor | None, *, low: Tensor, high: Tensor) -> Tensor:
         """See :class:`~mail_agents.objectives.Objective`."""
-        rows = list(generators)
-        check_generators(rows, shape[0])
-        x = torch.zeros(shape, device=low.device, dtype=low.dtype)
-        if not deterministic:
-            x = randn_tensor(shape, generator=rows, device=low.device, dtype=low.dtype)
+        if noise is None:
+            raise InvalidInputError("Diffusion samples from the noise of draw_noise; got None.")
+        x, *added = noise.unbind()
         for step in range(self.steps - 1, -1, -1):
-            t = torch.full(shape[:1], step, dtype=torch.int64, device=low.device)
-            x0 = self.predict_start(x, net(x, t).to(x.dtype), step).clamp(low, high)
+            x0 = self.predict_start(x, net(x, step).to(x.dtype), step).clamp(low, high)
             x = self.from_start[step] * x0 + self.from_noisy[step] * x
-            if step > 0 and not deterministic:
-                noise = randn_tensor(shape, generator=rows, device=x.device, dtype=x.dtype)
-                x = x + self.variance[step] ** 0.5 * noise
+            if step > 0:
+                x = x + added[-step]
         return x.clamp(low, high)
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -106,3 +118,7 @@ class DDPM:
         """Estimates the clean chunk from a noisy one and the noise in it, unclamped."""
         abar = self._alpha_bars[t]
         return noisy / abar**0.5 - (1.0 / abar - 1.0) ** 0.5 * noise
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)

@@ -136,11 +136,15 @@ def test_a_decoder_that_is_not_aligned_is_refused():
 @pytest.mark.parametrize("n", [5, 2])
 def test_newest_state_and_first_action_share_a_position(n):
     net = enlarge(model("d-ma", history=5, horizon=4))
-    args = inputs(net, n=n)
-    _, states, actions = net._tokens(*args)
+    features, noisy, t = inputs(net, n=n)
+
+    def tokens():
+        return net.lead_tokens(features, t)[:, 1:], net.action_tokens(noisy, 2, n)
+
+    states, actions = tokens()
     with torch.no_grad():
         net.positions.weight[n - 1] = 0
-    _, states2, actions2 = net._tokens(*args)
+    states2, actions2 = tokens()
     assert [bool(x) for x in (states != states2).flatten(2).any(-1)[0]] == [False] * (n - 1) + [
         True
     ]

@@ -105,7 +105,7 @@ def test_released_variant_sees_short_histories_and_refuses_padding():
 
 def test_observations_are_encoded_once_per_plan():
     p = policy(diffusion_steps=5)
-    calls = {"encoder": 0, "backbone": 0}
+    calls = {"observations": 0, "encoder": 0, "head": 0}
 
     def counter(name):
         def hook(*_):
@@ -113,10 +113,11 @@ def test_observations_are_encoded_once_per_plan():
 
         return hook
 
-    p.observation_encoder.register_forward_hook(counter("encoder"))
-    p.backbone.register_forward_hook(counter("backbone"))
+    p.observation_encoder.register_forward_hook(counter("observations"))
+    p.backbone.encoder.register_forward_hook(counter("encoder"))
+    p.backbone.head.register_forward_hook(counter("head"))
     sample(p, batch())
-    assert calls == {"encoder": 1, "backbone": 5}
+    assert calls == {"observations": 1, "encoder": 1, "head": 5}
 
 
 @pytest.mark.parametrize("objective", ["bc", "ddpm"])

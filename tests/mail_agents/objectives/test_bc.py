@@ -27,14 +27,12 @@ def test_padded_targets_do_not_matter_even_when_not_finite():
 
 
 def test_sample_is_the_prediction_and_is_not_clamped():
-    chunk = torch.full((2, 3, 1), 9.0)
-    bound = torch.ones(1)
+    chunk, bound = torch.full((2, 3, 1), 9.0), torch.ones(1)
     for deterministic in (True, False):
-        out = BC().sample(
-            lambda *_: chunk, (2, 3, 1), [torch.Generator()] * 2,
-            deterministic=deterministic, low=-bound, high=bound,
-        )  # fmt: skip
-        assert torch.equal(out, chunk)
+        rows = [torch.Generator()] * 2
+        noise = BC().draw_noise(chunk.shape, rows, deterministic=deterministic, like=chunk)
+        assert noise is None
+        assert torch.equal(BC().sample(lambda *_: chunk, noise, low=-bound, high=bound), chunk)
 
 
 def test_one_generator_per_row():

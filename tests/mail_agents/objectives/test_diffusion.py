@@ -28,10 +28,16 @@ def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draw(ddpm, net, shape, *, deterministic=False, seeds=None, bound=2.0):
-    low = torch.full((shape[-1],), -bound)
-    seeds = range(shape[0]) if seeds is None else seeds
-    return ddpm.sample(net, shape, seeded(*seeds), deterministic=deterministic, low=low, high=-low)
+def draw(ddpm, net, shape, *, deterministic=False, seeds=None, low=None, high=None):
+    """Samples with a network that takes steps ``(B,)``."""
+    low, high = (torch.tensor([b] * shape[-1]) for b in (-2.0, 2.0)) if low is None else (low, high)
+    rows = seeded(*(range(shape[0]) if seeds is None else seeds))
+    noise = ddpm.draw_noise(shape, rows, deterministic=deterministic, like=low)
+
+    def at(x, step):
+        return net(x, torch.full(shape[:1], step))
+
+    return ddpm.sample(at, noise, low=low, high=high)
 
 
 def oracle(ddpm, clean):
@@ -73,7 +79,7 @@ def test_stochastic_sampling_is_that_of_diffusers_with_a_clamp_per_dimension(ddp
         return torch.tanh(3 * x + t.view(-1, 1, 1) / 16)
 
     low, high = torch.tensor([-0.5, -2.0]), torch.tensor([0.25, 3.0])
-    ours = ddpm.sample(net, (2, 3, 2), seeded(1, 2), deterministic=False, low=low, high=high)
+    ours = draw(ddpm, net, (2, 3, 2), seeds=(1, 2), low=low, high=high)
     scheduler, rows = reference(prediction_type="sample"), seeded(1, 2)
     x = torch.cat([torch.randn(1, 3, 2, generator=g) for g in rows])
     for t in scheduler.timesteps:
@@ -112,8 +118,8 @@ def test_a_perfect_network_recovers_the_clean_chunk(ddpm, deterministic):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_wild_network_stays_inside_the_bounds(ddpm, deterministic):
     low, high = torch.tensor([-0.5, -2.0]), torch.tensor([0.25, 3.0])
-    out = ddpm.sample(
-        lambda x, t: 100 * torch.sin(1e3 * x + 1), (4, 5, 2), seeded(0, 1, 2, 3),
+    out = draw(
+        ddpm, lambda x, t: 100 * torch.sin(1e3 * x + 1), (4, 5, 2),
         deterministic=deterministic, low=low, high=high,
     )  # fmt: skip
     assert torch.isfinite(out).all()
@@ -145,15 +151,61 @@ def test_stochastic_rows_follow_their_own_generators(ddpm):
     torch.testing.assert_close(alone[0], a[1])
 
 
+def by_hand(ddpm, net, shape, generators, deterministic, low, high):
+    """The sampler with its draws in place: a chunk per row and step, in the order of use."""
+
+    def chunks():
+        return torch.cat([torch.randn(1, *shape[1:], generator=each) for each in generators])
+
+    x = torch.zeros(shape) if deterministic else chunks()
+    for step in range(ddpm.steps - 1, -1, -1):
+        x0 = ddpm.predict_start(x, net(x, torch.full(shape[:1], step)), step).clamp(low, high)
+        x = ddpm.from_start[step] * x0 + ddpm.from_noisy[step] * x
+        if step > 0 and not deterministic:
+            x = x + ddpm.variance[step] ** 0.5 * chunks()
+    return x.clamp(low, high)
+
+
+# Chunks of fewer and of more than 16 numbers are drawn by different kernels.
+@pytest.mark.parametrize("shape", [(3, 4, 2), (2, 5, 7), (1, 1, 1)])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_drawing_ahead_changes_no_sample(ddpm, shape, deterministic):
+    def net(x, t):
+        return torch.tanh(3 * x + t.view(-1, 1, 1) / 16)
+
+    low = torch.linspace(-2.0, -0.5, shape[-1])
+    rows = seeded(*range(shape[0]))
+    expected = by_hand(ddpm, net, shape, rows, deterministic, low, -low)
+    found = draw(ddpm, net, shape, deterministic=deterministic, low=low, high=-low)
+    assert torch.equal(found, expected)
+    # A later plan goes on where this one has left the generators.
+    again = seeded(*range(shape[0]))
+    ddpm.draw_noise(shape, again, deterministic=deterministic, like=low)
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(rows, again, strict=True))
+
+
+def test_noise_is_needed_and_comes_one_generator_per_row(ddpm):
+    with pytest.raises(InvalidInputError, match="draw_noise"):
+        ddpm.sample(lambda x, t: x, None, low=-torch.ones(1), high=torch.ones(1))
+    for deterministic in (True, False):
+        with pytest.raises(InvalidInputError, match="got 1 for 2 rows"):
+            ddpm.draw_noise((2, 3, 1), seeded(0), deterministic=deterministic, like=torch.ones(1))
+
+
+def test_noise_has_the_dtype_it_is_asked_for(ddpm):
+    noise = ddpm.draw_noise((1, 2, 2), seeded(0), deterministic=False, like=torch.ones(1).double())
+    assert noise.dtype == torch.float64
+    assert noise.shape == (16, 1, 2, 2)
+
+
 def test_deterministic_sampling_uses_no_generator_and_no_place(ddpm):
     generators = seeded(1, 2)
     before = [g.get_state() for g in generators]
-    low = torch.full((2,), -2.0)
-    out = ddpm.sample(
-        lambda x, t: 0.1 * x, (2, 4, 2), generators, deterministic=True, low=low, high=-low
-    )
-    assert torch.equal(out[0], out[1])
+    noise = ddpm.draw_noise((2, 4, 2), generators, deterministic=True, like=torch.ones(2))
     assert all(torch.equal(a, g.get_state()) for a, g in zip(before, generators, strict=True))
+    assert not noise.any()
+    out = draw(ddpm, lambda x, t: 0.1 * x, (2, 4, 2), deterministic=True, seeds=(1, 2))
+    assert torch.equal(out[0], out[1])
     assert torch.equal(out, draw(ddpm, lambda x, t: 0.1 * x, (2, 4, 2), deterministic=True))
 
 
