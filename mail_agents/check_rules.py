@@ -333,7 +333,11 @@ def bfloat16_autocast(subject: Subject) -> None:
 def _is_plain_mixer(module: torch.nn.Module) -> bool:
     """Whether a module has steps and reads one sequence (decoder attention reads a memory too)."""
     arguments = list(inspect.signature(module.forward).parameters)
-    return isinstance(module, CausalMixer) and arguments == ["x", "mask"] and hasattr(module, "d_model")
+    return (
+        isinstance(module, CausalMixer)
+        and arguments == ["x", "mask"]
+        and hasattr(module, "d_model")
+    )
 
 
 def mixers_step_like_forward(subject: Subject) -> None:

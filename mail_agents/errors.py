@@ -63,6 +63,12 @@ def unknown_name(what: str, name: str, choices: Iterable[str], hint: str = "") -
     return UnknownNameError(f"{message} {hint}".rstrip())
 
 
+def nearest_divisor(total: int, wanted: int) -> int:
+    """Returns the divisor of ``total`` that is closest to ``wanted``; of two, the smaller."""
+    divisors = (number for number in range(1, total + 1) if total % number == 0)
+    return min(divisors, key=lambda number: abs(number - wanted))
+
+
 def require(module: str, extra: str, *, purpose: str = "") -> ModuleType:
     """Imports an optional module or says which extra to install.
 

@@ -3,7 +3,9 @@
 from mail_agents.mixers.attention import CausalSelfAttention, FusedCrossAttention
 from mail_agents.mixers.base import CausalMixer, Mixer
 from mail_agents.mixers.bimamba import BiMamba
+from mail_agents.mixers.hydra import Hydra
 from mail_agents.mixers.mamba import Mamba, MambaState
+from mail_agents.mixers.mamba2 import Mamba2
 from mail_agents.mixers.stack import MambaStack, TransformerBlock, TransformerStack
 
 __all__ = [
@@ -11,7 +13,9 @@ __all__ = [
     "CausalMixer",
     "CausalSelfAttention",
     "FusedCrossAttention",
+    "Hydra",
     "Mamba",
+    "Mamba2",
     "MambaStack",
     "MambaState",
     "Mixer",

@@ -167,7 +167,8 @@ class CrossState(NamedTuple):
 class FusedCrossAttention(_Attention):
     """Causal self-attention plus unmasked cross-attention, summed before one output projection.
 
-    Not a :class:`mail_agents.mixers.base.CausalMixer`: its state begins with the memory to attend to.
+    Not a :class:`mail_agents.mixers.base.CausalMixer`: its state begins with the memory to attend
+    to.
 
     Args:
         d_model: Width D of tokens and memory.

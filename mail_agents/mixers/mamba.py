@@ -19,12 +19,13 @@ from mail_agents.ops.selective_scan import selective_scan, selective_scan_step
 
 
 class MambaState(NamedTuple):
-    """State of one Mamba layer.
+    """State of one Mamba or Mamba-2 layer.
 
     Attributes:
-        history: The last W - 1 inputs of the convolution, oldest first, (B, W-1, d_inner).
-        ssm: State of the recurrence, (B, d_inner, d_state), float32 or float64 because rounding
-            errors compound over time.
+        history: The last W - 1 inputs of the convolution, oldest first, (B, W-1, d_inner); Mamba-2
+            convolves d_inner + 2 ngroups d_state channels.
+        ssm: State of the recurrence, (B, d_inner, d_state), of Mamba-2 (B, heads, headdim,
+            d_state); float32 or float64 because rounding errors compound over time.
     """
 
     history: Tensor
@@ -40,7 +41,7 @@ class MambaState(NamedTuple):
         return MambaState(self.history.detach(), self.ssm.detach())
 
     def to_mamba_ssm(self) -> tuple[Tensor, Tensor]:
-        """Returns ``(conv_state (B, d_inner, W), ssm_state (B, d_inner, d_state))``.
+        """Returns ``conv_state`` (B, channels, W) and ``ssm_state`` as ``mamba_ssm`` keeps them.
 
         The oldest of the W columns is zero: ``mamba_ssm`` drops it before using the others.
         """
@@ -53,16 +54,24 @@ class MambaState(NamedTuple):
         return cls(conv_state[:, :, 1:].transpose(1, 2).contiguous(), ssm_state.to(wide).clone())
 
 
-def init_step_size(
-    dt_proj: nn.Linear, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4
-) -> None:
-    """Step sizes log-uniform in [low, high] at initialisation (Gu & Dao 2023, section 3.6)."""
+def initial_step_bias(
+    count: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4
+) -> Tensor:
+    """Draws (count,) biases whose softplus, the step size, is log-uniform in [low, high].
+
+    Gu & Dao 2023, section 3.6.
+    """
+    span = math.log(high) - math.log(low)
+    dt = torch.exp(torch.rand(count) * span + math.log(low)).clamp(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def init_step_size(dt_proj: nn.Linear) -> None:
+    """Gives the step size projection its initial weights; see :func:`initial_step_bias`."""
     scale = dt_proj.in_features**-0.5
     nn.init.uniform_(dt_proj.weight, -scale, scale)
-    span = math.log(high) - math.log(low)
-    dt = torch.exp(torch.rand(dt_proj.out_features) * span + math.log(low)).clamp(min=floor)
     with torch.no_grad():
-        dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        dt_proj.bias.copy_(initial_step_bias(dt_proj.out_features))
 
 
 class Mamba(nn.Module):

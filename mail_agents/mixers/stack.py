@@ -1,6 +1,6 @@
 """Residual stacks of sequence mixers: whole sequences, prefixes and single steps.
 
-:class:`MambaStack`, over any state space mixer, is the Mamba backbone of MaIL (Jia et al. 2024; release: ``mamba.py`` and
+:class:`MambaStack` is the Mamba backbone of MaIL (Jia et al. 2024; release: ``mamba.py`` and
 ``mamba_cross.py`` in ``agents/models/oc_ddpm``), :class:`TransformerStack` its
 transformer counterpart.
 """
@@ -15,12 +15,19 @@ from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.mixers.attention import MLP, CausalSelfAttention, FusedCrossAttention
 from mail_agents.mixers.base import Mixer, no_states, zero_masked
 from mail_agents.mixers.bimamba import BiMamba
+from mail_agents.mixers.hydra import Hydra
 from mail_agents.mixers.mamba import Mamba
+from mail_agents.mixers.mamba2 import Mamba2
 
 _EPS = 1e-5
 
 #: State space mixers by name: the blocks of a :class:`MambaStack`.
-SSM_MIXERS: dict[str, Any] = {"mamba": Mamba, "bimamba": BiMamba}
+SSM_MIXERS: dict[str, Any] = {
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "bimamba": BiMamba,
+    "hydra": Hydra,
+}
 
 
 class ResidualBlock(nn.Module):
@@ -116,6 +123,7 @@ class MambaStack(nn.Module):
         expand: Inner width in units of ``d_model``.
         backend: Kernel backend, see :mod:`mail_agents.ops.backends`.
         mixer: What mixes tokens in every block, a name of :data:`SSM_MIXERS`.
+        headdim: Channels per head, of the mixers that have heads.
 
     Attributes:
         causal: Whether the mixers are; only then there are states, ``prefill`` and ``step``.
@@ -134,6 +142,7 @@ class MambaStack(nn.Module):
         expand: int = 2,
         backend: str = "auto",
         mixer: str = "mamba",
+        headdim: int = 64,
     ) -> None:
         super().__init__()
         _check_layers(layers)
@@ -141,10 +150,11 @@ class MambaStack(nn.Module):
             raise unknown_name("state space mixer", mixer, SSM_MIXERS)
         kind = SSM_MIXERS[mixer]
         self.causal: bool = kind.causal
+        heads = {"headdim": headdim} if kind in (Mamba2, Hydra) else {}
         self.layers = nn.ModuleList(
             ResidualBlock(
                 nn.LayerNorm(d_model, eps=_EPS),
-                kind(d_model, d_state, d_conv, expand, backend=backend),
+                kind(d_model, d_state, d_conv, expand, backend=backend, **heads),
             )
             for _ in range(layers)
         )
