@@ -13,8 +13,8 @@ code, github.com/ALRhub/MaIL, ``agents/models/{oc_ddpm,bc}``):
 
 ``tau`` is the diffusion step; behaviour cloning has neither ``tau`` nor TV, and learnt queries in
 place of noisy actions. AV, TV and SV are learnt variables that give encoder and decoder the same
-length and the same order of roles. Encoder and decoder may use different mixers: the decoder's
-mixer decides how they are joined.
+length and the same order of roles. Encoder and decoder may use different mixers, and Mamba-2,
+bidirectional Mamba or Hydra in place of Mamba: the decoder's mixer decides how they are joined.
 """
 
 import math
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from mail_agents.agents.mail_config import StackConfig
 from mail_agents.errors import InvalidInputError
-from mail_agents.mixers.mamba import Mamba
-from mail_agents.mixers.stack import MambaStack, TransformerStack
+from mail_agents.mixers.stack import SSM_MIXERS, MambaStack, TransformerStack
 
 _INIT_STD = 0.02
 
@@ -113,7 +112,7 @@ class MailBackbone(nn.Module):
         self.encoder = _stack(encoder, width, length, cross=False) if has_encoder else None
         self.decoder = _stack(decoder, width, length, cross=has_encoder)
         #: Whether encoder and decoder are joined by addition, which needs equal lengths.
-        self.aligned = has_encoder and decoder.mixer == "mamba"
+        self.aligned = has_encoder and decoder.mixer != "attention"
         if self.aligned:
             self.action_variables = nn.Embedding(horizon, width)
             # Row 0 is the time variable TV when there is a time token.
@@ -193,7 +192,7 @@ class MailBackbone(nn.Module):
         own = {
             id(part)
             for mixer in self.modules()
-            if isinstance(mixer, Mamba)
+            if isinstance(mixer, tuple(SSM_MIXERS.values()))
             for part in mixer.modules()
         }
         for module in self.modules():
@@ -207,14 +206,16 @@ class MailBackbone(nn.Module):
 
 
 def _stack(config: StackConfig, width: int, max_len: int, *, cross: bool) -> nn.Module:
-    if config.mixer == "mamba":
-        return MambaStack(
-            width,
-            config.layers,
-            d_state=config.d_state,
-            d_conv=config.d_conv,
-            expand=config.expand,
+    if config.mixer == "attention":
+        return TransformerStack(
+            width, config.layers, config.heads, config.dropout, max_len=max_len, cross=cross
         )
-    return TransformerStack(
-        width, config.layers, config.heads, config.dropout, max_len=max_len, cross=cross
+    return MambaStack(
+        width,
+        config.layers,
+        d_state=config.d_state,
+        d_conv=config.d_conv,
+        expand=config.expand,
+        mixer=config.mixer,
+        headdim=config.headdim,
     )

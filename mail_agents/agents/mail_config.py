@@ -5,36 +5,57 @@ from typing import Literal
 
 from mail_agents.config import AgentConfig
 from mail_agents.encoders.config import ImageConfig
-from mail_agents.errors import InvalidInputError
+from mail_agents.errors import InvalidInputError, nearest_divisor
 
 
 @dataclass(frozen=True)
 class StackConfig:
-    """A stack of sequence-mixing blocks. Fields of the other mixer are ignored."""
+    """A stack of sequence-mixing blocks. Fields of other mixers are ignored."""
 
-    mixer: Literal["mamba", "attention"] = "mamba"
-    """What mixes tokens: a Mamba-1 block, or causal attention with an MLP."""
+    mixer: Literal["mamba", "mamba2", "bimamba", "hydra", "attention"] = "mamba"
+    """What mixes tokens: Mamba-1, Mamba-2, two Mamba-1 scans in opposite directions, Hydra (both
+    directions as well), or causal attention with an MLP."""
     layers: int = 8
     """Number of blocks."""
     d_state: int = 16
-    """Mamba: state size N."""
+    """All but attention: state size N."""
     d_conv: int = 4
-    """Mamba: kernel of the causal convolution."""
+    """All but attention: kernel of the convolution, causal but in Hydra, where it is centred."""
     expand: int = 2
-    """Mamba: inner width over model width."""
+    """All but attention: inner width over model width."""
+    headdim: int = 64
+    """Mamba-2, Hydra: channels per head; divides the inner width."""
     heads: int = 4
     """Attention: number of heads."""
     dropout: float = 0.0
     """Attention: dropout of attention weights and residual branches."""
 
     def __post_init__(self) -> None:
-        if self.layers < 0 or min(self.d_state, self.d_conv, self.expand, self.heads) < 1:
+        sizes = (self.d_state, self.d_conv, self.expand, self.headdim, self.heads)
+        if self.layers < 0 or min(sizes) < 1:
             raise InvalidInputError(
-                "StackConfig needs layers >= 0 and d_state, d_conv, expand, heads >= 1; "
+                "StackConfig needs layers >= 0 and d_state, d_conv, expand, headdim, heads >= 1; "
                 f"got {self}."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise InvalidInputError(f"dropout must be in [0, 1); got {self.dropout}.")
+
+    def check_width(self, width: int, name: str) -> None:
+        """Refuses a token width that heads do not divide; ``name`` is this stack's in messages."""
+        if self.layers == 0:
+            return
+        if self.mixer == "attention" and width % self.heads:
+            raise InvalidInputError(
+                f"width={width} is not divisible by {name}.heads={self.heads}; the nearest that "
+                f"divides it is {name}.heads={nearest_divisor(width, self.heads)}."
+            )
+        inner = self.expand * width
+        if self.mixer in ("mamba2", "hydra") and inner % self.headdim:
+            raise InvalidInputError(
+                f"{name}.headdim={self.headdim} does not divide the inner width {inner} of "
+                f"{self.mixer!r} (expand {self.expand} * width {width}); the nearest that does is "
+                f"{name}.headdim={nearest_divisor(inner, self.headdim)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -60,8 +81,9 @@ class MailConfig(AgentConfig):
     diffusion_steps: int = 16
     """Diffusion steps in training and in sampling."""
     init: Literal["mamba", "upstream"] = "mamba"
-    """'mamba': Mamba's own initial weights inside Mamba blocks. 'upstream': N(0, 0.02^2) for every
-    linear layer, as the released code does, which also resets the discretisation step."""
+    """'mamba': the mixers' own initial weights inside Mamba, Mamba-2, bidirectional Mamba and Hydra
+    blocks. 'upstream': N(0, 0.02^2) for every linear layer, as the released code does, which also
+    resets Mamba's discretisation step."""
     language: str = "none"
     """What embeds the task's instruction: 'none' for no language, 'hash' for hashed words without a
     download, or a frozen text model of the transformers package, by its id on the Hugging Face hub
@@ -95,8 +117,5 @@ class MailConfig(AgentConfig):
             )
         if self.width < 4 or self.width % 2:
             raise InvalidInputError(f"width must be even and at least 4; got {self.width}.")
-        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
-            if stack.mixer == "attention" and self.width % stack.heads:
-                raise InvalidInputError(
-                    f"width={self.width} is not divisible by {name}.heads={stack.heads}."
-                )
+        self.encoder.check_width(self.width, "encoder")
+        self.decoder.check_width(self.width, "decoder")

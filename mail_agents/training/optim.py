@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mail_agents.config import OptimConfig
 from mail_agents.errors import InvalidInputError
 
-_NO_DECAY_NAMES = frozenset({"A_log", "D", "dt_bias"})
+_NO_DECAY_NAMES = frozenset({"A_log", "A_b_log", "D", "D_b", "dt_bias"})
 _NO_DECAY_MODULES = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
