@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, step_sizes
-from mail_agents.ops.backends import Candidate, choose
+from mail_agents.ops._ssd_torch import StateSpaceDuality
+from mail_agents.ops.backends import Candidate, choose, refuse_torch_func
 
 
 def ssd(
@@ -167,4 +168,21 @@ def _reference(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
     return _skip_and_gate(y, x, inputs.D, inputs.z).to(inputs.x.dtype), h
 
 
-_CANDIDATES = (Candidate("reference", _reference, lambda _: None),)
+def _torch(inputs: SsdInputs) -> tuple[Tensor, Tensor | None]:
+    """The chunked form of :mod:`mail_agents.ops._ssd_torch`."""
+    if inputs.x.numel() == 0 or inputs.B.numel() == 0:
+        return _reference(inputs)
+    work = inputs.work_dtype()
+    x, dt, A, B, C = (t.to(work) for t in inputs[:5])
+    D, h0 = (None if t is None else t.to(work) for t in (inputs.D, inputs.h0))
+    dt = step_sizes(dt, inputs.dt_bias, inputs.dt_softplus, inputs.dt_limit)
+    y, last = StateSpaceDuality.apply(  # type: ignore[misc]
+        *(x, dt, A, B, C, D, h0, inputs.reset, not inputs.dt_softplus, inputs.return_state)
+    )
+    return _skip_and_gate(y, x, None, inputs.z).to(inputs.x.dtype), last
+
+
+_CANDIDATES = (
+    Candidate("torch", _torch, refuse_torch_func),
+    Candidate("reference", _reference, lambda _: None),
+)
