@@ -1,0 +1,192 @@
+"""Inference of a stack of Mamba-1 layers in one call of ``native/layer.cpp``.
+
+Between operations on single tokens, dispatch costs more than arithmetic; here there is one call for
+all layers. Parameters are read where they are at every call: nothing is packed or kept.
+"""
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mail_agents.ops._native import load, threads
+
+
+class LayerWeights(NamedTuple):
+    """Parameters of one layer, contiguous and float32, in the order in which the kernel has them.
+
+    ``d`` is the width outside, ``D`` inside, ``N`` the state size, ``R`` the rank of the step size
+    projection and ``W`` the width of the convolution. The norm is absent in a layer without
+    residual connection.
+    """
+
+    norm_weight: Tensor | None  # (d,)
+    norm_bias: Tensor | None  # (d,)
+    in_weight: Tensor  # (2 D, d)
+    in_bias: Tensor | None  # (2 D,)
+    conv_weight: Tensor  # (D, 1, W)
+    conv_bias: Tensor | None  # (D,)
+    x_weight: Tensor  # (R + 2 N, D)
+    dt_weight: Tensor  # (D, R)
+    dt_bias: Tensor  # (D,)
+    A_log: Tensor  # (D, N)
+    D: Tensor  # (D,)
+    out_weight: Tensor  # (d, D)
+    out_bias: Tensor | None  # (d,)
+
+
+#: History (B, W-1, D) and state (B, D, N) of a layer.
+State = tuple[Tensor, Tensor]
+
+
+class LayerStack:
+    """The layers as the kernel sees them: addresses of parameters, which the caller keeps valid.
+
+    Args:
+        layers: Parameters; shapes are the same in all layers.
+        last_norm: Weight and bias of the norm after the layers, each of which may be absent.
+        eps: Of all norms.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        last_norm: tuple[Tensor | None, Tensor | None],
+        eps: float,
+    ) -> None:
+        first = layers[0]
+        self.d_inner, self.d_state = first.A_log.shape
+        self.d_conv = first.conv_weight.shape[-1]
+        self.d_model, rank = first.in_weight.shape[1], first.dt_weight.shape[1]
+        self.layers, self._eps = len(layers), eps
+        self._shape = (self.d_model, self.d_inner, self.d_state, self.d_conv, rank)
+        self._residual = int(first.norm_weight is not None)
+        self._weights = array("q", [_address(part) for layer in layers for part in layer])
+        self._last = [_address(part) for part in last_norm]
+        self._sizes: tuple[tuple[int, int, int], Any, int] = ((0, 0, 0), None, 0)
+
+    def takes(self, state: Sequence[State], batch: int) -> bool:
+        """Whether the kernel can go on from the states of all layers."""
+        history, ssm = (batch, self.d_conv - 1, self.d_inner), (batch, self.d_inner, self.d_state)
+        return len(state) == self.layers and all(
+            past.shape == history
+            and now.shape == ssm
+            and past.dtype is torch.float32
+            and now.dtype is torch.float32
+            and past.is_cpu
+            and now.is_cpu
+            for past, now in state
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        state: Sequence[State] | None,
+        aggregate: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, list[State] | None]:
+        """Runs all layers over float32 tokens on the CPU, at least one, without gradients.
+
+        Args:
+            x: (B, L, d), or (B, d) for single tokens.
+            state: What :meth:`takes` accepts, or None for zero.
+            aggregate: Added to the residual stream after every layer, like ``x``.
+            return_state: Whether to return the states after the last token.
+
+        Returns:
+            Output like ``x``, and the states, which share one block of memory.
+        """
+        library = _library()
+        batch, length = x.shape[0], 1 if x.dim() == 2 else x.shape[1]
+        sizes, scratch = self._plan(library, batch, length, threads())
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        aggregate = None if aggregate is None else aggregate.contiguous()
+        kept: list[Tensor] = []
+        old = None if state is None else _table(state, kept)
+        new, histories, ssms = self._states(batch) if return_state else (None, 0, 0)
+        memory = torch.empty(scratch)
+        library.mamba_layers(
+            sizes.buffer_info()[0],
+            self._weights.buffer_info()[0],
+            None if old is None else old.buffer_info()[0],
+            *self._last,
+            x.data_ptr(),
+            _address(aggregate),
+            out.data_ptr(),
+            histories,
+            ssms,
+            memory.data_ptr(),
+            self._eps,
+            threads(),
+        )
+        return out, new
+
+    def _plan(
+        self, library: ctypes.CDLL, batch: int, length: int, workers: int
+    ) -> "tuple[array[int], int]":
+        """Sizes for the kernel, and the floats of scratch memory it needs for them."""
+        key = (batch, length, workers)
+        known, sizes, scratch = self._sizes
+        if known != key:
+            sizes = array("q", [self.layers, batch, length, *self._shape, self._residual])
+            scratch = library.mamba_layers_scratch(sizes.buffer_info()[0], workers)
+            self._sizes = key, sizes, scratch
+        return sizes, scratch
+
+    def _states(self, batch: int) -> tuple[list[State], int, int]:
+        """Uninitialised states, and the addresses of all histories and of all other parts."""
+        shape = (self.layers, batch, -1, self.d_inner)
+        past, size = (
+            self.layers * batch * k * self.d_inner for k in (self.d_conv - 1, self.d_state)
+        )
+        histories, ssms = torch.empty(past + size).split_with_sizes((past, size))
+        # Channels are neighbours in memory, as the kernel works on them.
+        views = ssms.view(shape).transpose(2, 3).unbind()
+        if past:
+            found = list(zip(histories.view(shape).unbind(), views, strict=True))
+        else:
+            found = [(histories.view(batch, 0, self.d_inner), view) for view in views]
+        return found, histories.data_ptr(), ssms.data_ptr()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _table(state: Sequence[State], kept: list[Tensor]) -> "array[int]":
+    """Addresses and strides of states; ``kept`` keeps copies alive that had to be made."""
+    table = array("q")
+    for history, ssm in state:
+        row, step, channel = history.stride()
+        if channel != 1:
+            history = history.contiguous()
+            row, step, channel = history.stride()
+            kept.append(history)
+        strides = ssm.stride()
+        if strides[1] != 1 and strides[2] != 1:
+            ssm = ssm.contiguous()
+            strides = ssm.stride()
+            kept.append(ssm)
+        table.extend((history.data_ptr(), row, step, ssm.data_ptr(), *strides))
+    return table
+
+
+@functools.cache
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.mamba_layers.argtypes = [*[pointer] * 11, ctypes.c_float, size]
+    library.mamba_layers.restype = None
+    library.mamba_layers_scratch.argtypes = [pointer, size]
+    library.mamba_layers_scratch.restype = size
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    library = load().library
+    assert library is not None  # callers checked it
+    return _declared(library)
