@@ -21,6 +21,7 @@ from mail_agents.agent import Agent
 from mail_agents.agents.mail_backbone import MailBackbone
 from mail_agents.agents.mail_config import MailConfig, StackConfig
 from mail_agents.agents.mail_plan import Denoiser
+from mail_agents.cuda_graphs import Graphs
 from mail_agents.data.instructions import instruction
 from mail_agents.data.stats import FeatureStats
 from mail_agents.encoders.augment import Augmentation
@@ -100,15 +101,16 @@ class MailPolicy(Policy):
         self._loss_of: Callable[..., Tensor] = _loss_of
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compiles the training loss, in place; arguments are those of ``torch.compile``.
+        """See :class:`~mail_agents.policy.Policy`; losses in evaluation mode are not compiled.
 
         Random numbers are drawn before the compiled part, as without it, but for dropout, whose
-        draws are the compiler's own. Losses in evaluation mode, and acting, are not compiled. On
-        the CPU the whole loss is one graph, in which scan and convolution of Mamba blocks are
-        single operations; on a GPU those two interrupt it, because which of their kernels runs is
-        decided at run time.
+        draws are the compiler's own. On the CPU the whole loss is one graph, in which scan and
+        convolution of Mamba blocks are single operations; on a GPU those two interrupt it, because
+        which of their kernels runs is decided at run time. A recorded plan holds everything from
+        the observations to the chunk; its noise is drawn before.
         """
         self._loss_of = torch.compile(_loss_of, *args, **kwargs)
+        self._graphs = Graphs()
 
     def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
         """Sets the range, in normalised units, that diffusion samples are clamped to; ``(A,)``."""
@@ -195,14 +197,16 @@ class MailPolicy(Policy):
             deterministic=deterministic,
             like=self.action_low,
         )
-        return _plan_of(self, batch, noise)
+        inputs = {k: v for k, v in batch.items() if k.startswith("obs/")}
+        inputs |= {k: batch[k] for k in ("mask", "task_emb") if k in batch}
+        return self.captured(_plan_of, inputs if noise is None else inputs | {"noise": noise})
 
 
-def _plan_of(policy: MailPolicy, batch: Mapping[str, Tensor], noise: Tensor | None) -> Tensor:
+def _plan_of(policy: MailPolicy, inputs: Mapping[str, Tensor]) -> Tensor:
     """The deterministic part of sampling."""
-    features = policy.encode(batch)
-    net = Denoiser(policy.backbone, features)
-    return policy.objective.sample(net, noise, low=policy.action_low, high=policy.action_high)
+    net = Denoiser(policy.backbone, policy.encode(inputs))
+    low, high = policy.action_low, policy.action_high
+    return policy.objective.sample(net, inputs.get("noise"), low=low, high=high)
 
 
 def _loss_of(
@@ -213,11 +217,12 @@ def _loss_of(
 ) -> Tensor:
     """The deterministic part of the loss. No method: copies of a policy share its compilation."""
     features = policy.encode(batch, augmentations)
+    mask = batch["action_mask"]
+    # A decoder that is not causal sees the end of the noisy chunk from its start: after the end of
+    # an episode its last action stands there, whatever the batch holds.
+    actions = repeat_first_valid(batch["action"].flip(1), mask.flip(1)).flip(1)
     return policy.objective.training_loss(
-        lambda noisy, t: policy.backbone(features, noisy, t),
-        batch["action"],
-        batch["action_mask"],
-        draws,
+        lambda noisy, t: policy.backbone(features, noisy, t), actions, mask, draws
     )
 
 
