@@ -1,11 +1,13 @@
 """What every policy offers: a pure network over normalised windows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mail_agents.cuda_graphs import Graphs
 from mail_agents.errors import InvalidInputError
 
 Batch = Mapping[str, Tensor]
@@ -39,6 +41,34 @@ class Policy(nn.Module, ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, so that ``DistributedDataParallel`` and ``compile`` wrap what trains."""
         return self.loss(batch, generator)
+
+    #: Recordings of acting, after :meth:`compile`.
+    _graphs: Graphs | None = None
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the training loss, in place, and records acting on a GPU.
+
+        Arguments are those of ``torch.compile``, which takes the loss. Acting is recorded as CUDA
+        graphs where the policy asks for it with :meth:`captured`, one per shape of its inputs; on a
+        CPU it stays as it is. A copy of the policy is to be compiled by itself: call this for
+        ``agent.policies()``, as an average of the weights acts in place of the trained ones.
+        """
+        super().compile(*args, **kwargs)
+        self._graphs = Graphs()
+
+    def captured(
+        self, function: Callable[..., Tensor], inputs: Mapping[str, Tensor], *state: Any
+    ) -> Tensor:
+        """Returns ``function(self, inputs, *state)``, from a CUDA graph where there is one.
+
+        Args:
+            function: See :class:`~mail_agents.cuda_graphs.Graphs`, as for the other arguments.
+            inputs: Tensors that differ from call to call.
+            state: Nests of tensors that ``function`` updates in place.
+        """
+        if self._graphs is None or self.training:
+            return function(self, inputs, *state)
+        return self._graphs(function, self, inputs, *state)
 
     def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
         """Receives the normalised action bounds of the training data, each ``(A,)``."""
