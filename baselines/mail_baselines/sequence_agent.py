@@ -23,7 +23,6 @@ from mail_agents.errors import InvalidInputError, unknown_name
 from mail_baselines.config import SequenceConfig
 from mail_baselines.offline import OfflineAgent, by_task
 from mail_baselines.sequence_policy import SequencePolicy
-from mail_baselines.trunks import map_state
 
 
 class SequenceAgent(OfflineAgent):
@@ -171,20 +170,17 @@ class SequenceAgent(OfflineAgent):
         if self.config.acting == "window":
             return super().plan_chunks(batch, slots, generators, deterministic)
         policy, plans = cast(SequencePolicy, self.acting_policy), self.plans
-        if self._stream is None or self._stream[0] != len(plans):
-            self._stream = (len(plans), policy.trunk.init_state(len(plans), self.device))
-        rows = torch.from_numpy(slots).to(self.device)
-        if (plans[slots] == 0).all():  # these slots start an episode, and show one step
-            state = policy.trunk.init_state(len(slots), self.device)
-        else:
-            state = map_state(lambda part: part[rows], self._stream[1])
-        chunk, state = policy.stream(batch, state)
-        kept = len(np.unique(slots))  # repeated rows come last
-        after = map_state(
-            lambda part, new: part.index_copy(0, rows[:kept], new[:kept]), self._stream[1], state
-        )
-        self._stream = (len(plans), after)
-        return chunk
+        count = len(plans)
+        if self._stream is None or self._stream[0] != count:
+            self._stream = (count, policy.stream_memory(count + 1))
+        rows = into = None
+        if not np.array_equal(slots, np.arange(len(slots))):
+            # Repeated rows come last, and what they lead to goes to the row behind the slots.
+            kept = np.arange(len(slots)) < len(np.unique(slots))
+            rows = torch.from_numpy(slots).to(self.device)
+            into = torch.from_numpy(np.where(kept, slots, count)).to(self.device)
+        start = bool((plans[slots] == 0).all())  # these slots start an episode, and show one step
+        return policy.stream_in(batch, self._stream[1], rows, into, start)
 
     #: Number of slots, and the trunk's state in each of them.
     _stream: tuple[int, Any] | None = None

@@ -6,17 +6,19 @@ action); the action is read off the state token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mail_agents.cuda_graphs import Graphs
 from mail_agents.features import FeatureSpec
 from mail_agents.policy import Batch
 from mail_baselines.config import SequenceConfig
 from mail_baselines.offline import OfflinePolicy, state_size, state_vectors
+from mail_baselines.trunks import map_state
 
 #: Positions of the tokens of a step; the action token may be missing.
 _STATE, _ACTION = 1, 2
@@ -70,6 +72,15 @@ class SequencePolicy(OfflinePolicy):
         #: Highest return of the training data, or None; reading the buffer would wait for the
         #: accelerator.
         self.best: float | None = None
+        self._loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]] = _loss_of
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """See :class:`~mail_agents.policy.Policy`; losses in evaluation mode are not compiled.
+
+        What is recorded is the prediction for a window, or one step of a stream with its state.
+        """
+        self._loss_of = torch.compile(_loss_of, *args, **kwargs)
+        self._graphs = Graphs()
 
     def set_returns(self, largest: float, best: float) -> None:
         """Tells the policy about the returns of the training data.
@@ -124,6 +135,10 @@ class SequencePolicy(OfflinePolicy):
         self, batch: Batch, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`~mail_agents.policy.Policy`; draws no random numbers but dropout's."""
+        return (self._loss_of if self.training else _loss_of)(self, batch)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What :meth:`loss` returns, never compiled."""
         hidden, mask = self.encode(batch), batch["action_mask"]
         error, metrics = self.action_loss(self.action_head(hidden[:, :, _STATE]), batch)
         if self.config.loss_average == "all":
@@ -162,11 +177,7 @@ class SequencePolicy(OfflinePolicy):
         The batch holds ``past_action`` of the steps before the last; the missing action of the last
         step is a zero that its state token does not see. A training batch is taken as well.
         """
-        predicted = self.predict(_with_actions(batch))
-        mask = batch["mask"]
-        last = mask.shape[1] - 1 - mask.flip(1).to(torch.uint8).argmax(dim=1)
-        rows = torch.arange(len(mask), device=mask.device)
-        return predicted[rows, last].unsqueeze(1)
+        return self.captured(_last_action, batch)
 
     def stream(self, batch: Batch, state: Any) -> tuple[Tensor, Any]:
         """Feeds the trunk the tokens of a new step, in constant time.
@@ -186,6 +197,69 @@ class SequencePolicy(OfflinePolicy):
         for position in range(_ACTION * (steps - 1), n * (steps - 1) + _ACTION):
             y, state = self.trunk.step(tokens[:, position], state)
         return self.action_head(y).unsqueeze(1), state
+
+    def stream_memory(self, rows: int) -> Any:
+        """Returns a state of the trunk with memory of its own, for :meth:`stream_in`."""
+        return map_state(torch.clone, self.trunk.init_state(rows, self.return_scale.device))
+
+    def stream_in(
+        self, batch: Batch, memory: Any, rows: Tensor | None, into: Tensor | None, start: bool
+    ) -> Tensor:
+        """Does what :meth:`stream` does for some rows of a state, which is changed in place.
+
+        Args:
+            batch: As for :meth:`stream`, ``(B, ...)``.
+            memory: Of :meth:`stream_memory`.
+            rows: ``(B,)`` int64, the row of the state that each row of the batch goes on from; None
+                for the first B in order.
+            into: ``(B,)`` int64, the row that its new state is left in; None with ``rows``.
+            start: Whether episodes start, so that all rows go on from a new state.
+
+        Returns:
+            Actions ``(B, 1, A)``.
+        """
+        inputs = {key: value for key, value in batch.items() if key != "mask"}
+        if rows is not None and into is not None:
+            inputs |= {"rows": rows, "into": into}
+        return self.captured(_started if start else _continued, inputs, memory)
+
+
+# Functions, not methods: copies of a policy share a compilation, and recordings know them by name.
+
+
+def _loss_of(policy: SequencePolicy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    return policy.losses(batch)
+
+
+def _last_action(policy: SequencePolicy, batch: Batch) -> Tensor:
+    predicted, mask = policy.predict(_with_actions(batch)), batch["mask"]
+    last = mask.shape[1] - 1 - mask.flip(1).to(torch.uint8).argmax(dim=1)
+    rows = torch.arange(len(mask), device=mask.device)
+    return predicted[rows, last].unsqueeze(1)
+
+
+def _started(policy: SequencePolicy, inputs: Mapping[str, Tensor], memory: Any) -> Tensor:
+    count = len(inputs["rtg"])
+    return _stream(policy, inputs, memory, policy.trunk.init_state(count, inputs["rtg"].device))
+
+
+def _continued(policy: SequencePolicy, inputs: Mapping[str, Tensor], memory: Any) -> Tensor:
+    rows, count = inputs.get("rows"), len(inputs["rtg"])
+    state = map_state(lambda part: part[:count] if rows is None else part[rows], memory)
+    return _stream(policy, inputs, memory, state)
+
+
+def _stream(
+    policy: SequencePolicy, inputs: Mapping[str, Tensor], memory: Any, state: Any
+) -> Tensor:
+    action, after = policy.stream(inputs, state)
+    into = inputs.get("into")
+
+    def keep(part: Tensor, new: Tensor) -> Tensor:
+        return part[: len(new)].copy_(new) if into is None else part.index_copy_(0, into, new)
+
+    map_state(keep, memory, after)
+    return action
 
 
 def _with_actions(batch: Batch) -> dict[str, Tensor]:

@@ -152,7 +152,8 @@ def open_run(
         world_size=team.size,
     )
     if arguments.compile:
-        agent.policy.compile()
+        for policy in agent.policies():  # an average of the weights acts
+            policy.compile()
     if trainable_parameters(agent):
         team.begin(agent)
     return OpenRun(agent, state, windows, sampler)

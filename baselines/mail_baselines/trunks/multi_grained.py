@@ -225,7 +225,8 @@ class MultiGrainedTrunk(nn.Module):
         Rows may be at different places of their sequences.
         """
         closing = state.tokens % self.tokens_per_step == 1
-        closes = closing if bool(closing.any()) else None
+        # Asking a GPU would wait for it, which a recording of this step cannot.
+        closes = closing if closing.is_cuda or bool(closing.any()) else None
         after = []
         for block, old in zip(self._blocks(), state.blocks, strict=True):
             x, new = block.step(x, old, closes)
