@@ -27,6 +27,9 @@ _ZERO = -1100.0
 #: ``_CHUNK`` steps, where the quadratic part costs about as much as the state.
 _SINGLE = 256
 _CHUNK = 64
+#: Elements per thread of one intermediate result: such blocks of rows stay in the cache, and the
+#: allocator keeps their memory between calls.
+_BLOCK = 2**17
 
 
 class Inputs(NamedTuple):
@@ -59,102 +62,142 @@ class StateSpaceDuality(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
         inputs = Inputs(*args)
-        y, last, kept = ssd_forward(inputs)
+        found = ssd_forward(inputs)
         tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-        ctx.save_for_backward(*tensors, kept)
+        ctx.save_for_backward(*tensors, *found.kept)
         ctx.flags = inputs.exact_zero, inputs.want_state
         ctx.set_materialize_grads(False)
-        return y, last
+        return found.y, found.last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, kept = ctx.saved_tensors
+        *tensors, whole, up, states = ctx.saved_tensors
         exact_zero, want_state = ctx.flags
         inputs = Inputs(*tensors)._replace(exact_zero=exact_zero, want_state=want_state)
-        return (*ssd_backward(inputs, kept, dy, dlast), None, None, None)
+        return *ssd_backward(inputs, Kept(whole, up, states), dy, dlast), None, None, None
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs: n and 2^f of the module's description, states between chunks.
+
+    ``whole`` and ``up`` (B, H, L); ``states`` (chunks - 1, B, H, P, N).
+    """
+
+    whole: Tensor
+    up: Tensor
+    states: Tensor
+
+
+class Found(NamedTuple):
+    """y (B, L, H, P), the last state (B, H, P, N) if wanted, and what the backward pass needs."""
+
+    y: Tensor
+    last: Tensor | None
+    kept: Kept
 
 
 def chunks(length: int) -> list[slice]:
     """The parts in which a sequence is processed, in order."""
-    count = 1 if length <= _SINGLE else math.ceil(length / _CHUNK)
-    bounds = [length * i // count for i in range(count + 1)]
+    return _split(length, 1 if length <= _SINGLE else math.ceil(length / _CHUNK))
+
+
+def _split(total: int, count: int) -> list[slice]:
+    bounds = [total * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
-def ssd_forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The op without autograd: y, the last state unless not wanted, states between chunks.
+def _row_blocks(inputs: Inputs) -> list[slice]:
+    """Batch rows that are processed together."""
+    batch, length, heads, head = inputs.x.shape
+    if inputs.x.device.type != "cpu":
+        return [slice(0, batch)]
+    chunk = math.ceil(length / len(chunks(length)))
+    rows = _BLOCK * torch.get_num_threads() // (heads * chunk * max(head, chunk))
+    return _split(batch, math.ceil(batch / max(1, rows)))
 
-    The states between chunks are (chunks - 1, B, H, P, N).
-    """
+
+def ssd_forward(inputs: Inputs) -> Found:
+    """The op without autograd."""
     batch, length, heads, head = inputs.x.shape
     parts = chunks(length)
     y = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
-    kept = inputs.x.new_empty(len(parts) - 1, batch, heads, head, inputs.B.shape[3])
-    state = inputs.h0
-    for i, time in enumerate(parts):
-        chunk = _Chunk(inputs, time)
-        chunk.outputs(state, y[:, time])
-        if i < len(kept):
-            state = kept[i].copy_(chunk.end_state(state))
-        elif inputs.want_state:
-            state = chunk.end_state(state)
-    return y, state if inputs.want_state else None, kept
+    states = y.new_empty(len(parts) - 1, batch, heads, head, inputs.B.shape[3])
+    last = y.new_empty(batch, *states.shape[2:]) if inputs.want_state else None
+    work = _Workspace(inputs, Kept(*_running_sums(inputs), states))
+    for rows in _row_blocks(inputs):
+        state = None if inputs.h0 is None else inputs.h0[rows]
+        for i, time in enumerate(parts):
+            chunk = _Chunk(work, rows, time)
+            chunk.outputs(state, y[rows, time])
+            if i < len(states):
+                state = states[i, rows].copy_(chunk.end_state(state))
+            elif last is not None:
+                last[rows] = chunk.end_state(state)
+    return Found(y, last, work.kept)
 
 
 def ssd_backward(
-    inputs: Inputs, kept: Tensor, dy: Tensor | None, dlast: Tensor | None
+    inputs: Inputs, kept: Kept, dy: Tensor | None, dlast: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D and h0 from the cotangents of y and the last state."""
-    batch, length, heads, _ = inputs.x.shape
-    parts, starts = chunks(length), [inputs.h0, *kept.unbind(0)]
-    dx = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
+    parts, starts = chunks(inputs.x.shape[1]), [inputs.h0, *kept.states.unbind(0)]
+    work, grads = _Workspace(inputs, kept), _Gradients(inputs)
     if dy is None:
-        dy = torch.zeros_like(dx)
-    ddt, dexponent = inputs.dt.new_empty(2, batch, heads, length)
-    dB, dC = inputs.B.new_empty(2, batch, inputs.B.shape[2], length, inputs.B.shape[3])
-    back = dlast
-    for time, start in zip(reversed(parts), reversed(starts), strict=True):
-        part = _Part(
-            dx[:, time], ddt[..., time], dexponent[..., time], dB[:, :, time], dC[:, :, time]
-        )
-        grads = _Backward(_Chunk(inputs, time), part, dy[:, time])
-        if back is not None:
-            back = grads.end(start, back)
-        if start is not None:
-            back = grads.start(start, back)
-        grads.finish()
-    dA = (dexponent * inputs.dt.transpose(1, 2)).sum((0, 2))
-    ddt.addcmul_(dexponent, inputs.A[:, None])
-    dD = None
-    if inputs.D is not None:
-        product = (dy * inputs.x).sum((0, 1))
-        dD = product if inputs.D.dim() == 2 else product.sum(-1)
-    return dx, ddt.transpose(1, 2), dA, dB.transpose(1, 2), dC.transpose(1, 2), dD, back
+        dy = torch.zeros_like(inputs.x)
+    for rows in _row_blocks(inputs):
+        back = None if dlast is None else dlast[rows]
+        for time, start in zip(reversed(parts), reversed(starts), strict=True):
+            chunk = _Chunk(work, rows, time)
+            state = None if start is None else start[rows]
+            back = _Backward(chunk, grads, dy[rows, time]).run(state, back)
+        if grads.h0 is not None and back is not None:
+            grads.h0[rows] = back
+    return grads.finish(work, parts)
+
+
+def _running_sums(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """``whole`` and ``up`` of :class:`Kept`."""
+    steps = inputs.dt.transpose(1, 2).double() * (inputs.A.double() * _LOG2E)[:, None]
+    steps.clamp_(_ZERO, -_ZERO)
+    if inputs.reset is not None:
+        steps.masked_fill_(inputs.reset.unsqueeze(1), _ZERO)
+    sums = [steps[..., time].cumsum(-1) for time in chunks(steps.shape[2])]
+    total = sums[0] if len(sums) == 1 else torch.cat(sums, -1)
+    whole = total.floor()
+    work = inputs.dt.dtype
+    return whole.to(work), torch.exp2(total.sub_(whole).to(work))
+
+
+class _Workspace:
+    """Inputs as all chunks see them; scales are (B, H, L)."""
+
+    def __init__(self, inputs: Inputs, kept: Kept) -> None:
+        self.inputs, self.kept = inputs, kept
+        self.dt = inputs.dt.transpose(1, 2).contiguous()
+        self.push = self.dt / kept.up
+        self.B, self.C = (t.transpose(1, 2).flatten(0, 1) for t in (inputs.B, inputs.C))
+        self.D = inputs.D if inputs.D is None or inputs.D.dim() == 2 else inputs.D.unsqueeze(-1)
+        # Gradients of x are those of dt x times dt; or times 1 for as long as they are needed.
+        self.size = torch.ones_like(self.dt) if inputs.exact_zero else self.dt
+        self.pull = self.size / kept.up
 
 
 class _Chunk:
-    """Some steps of the inputs with groups or heads in front, and their decays.
+    """Some rows and steps, with groups or heads in front, and their decays."""
 
-    ``dt`` (B, H, L); ``B``, ``C`` (B * G, L, N); ``whole`` and ``up`` are n and 2^f of the module's
-    description, (B, H, L).
-    """
-
-    def __init__(self, inputs: Inputs, time: slice) -> None:
-        self.x, self.D, self.exact_zero = inputs.x[:, time], inputs.D, inputs.exact_zero
+    def __init__(self, work: _Workspace, rows: slice, time: slice) -> None:
+        self.work, self.rows, self.time = work, rows, time
+        self.x = work.inputs.x[rows, time]
         self.batch, self.length, self.heads, self.head = self.x.shape
-        self.groups, self.n = inputs.B.shape[2:]
-        self.reset = None if inputs.reset is None else inputs.reset[:, None, time]
-        self.dt = inputs.dt[:, time].transpose(1, 2).contiguous()
-        flat = (self.batch * self.groups, self.length, self.n)
-        self.B, self.C = (t[:, time].transpose(1, 2).reshape(flat) for t in (inputs.B, inputs.C))
-        steps = (self.dt.double() * (inputs.A.double() * _LOG2E)[:, None]).clamp_(_ZERO, -_ZERO)
-        if self.reset is not None:
-            steps.masked_fill_(self.reset, _ZERO)
-        total = steps.cumsum(-1)
-        whole = total.floor()
-        self.whole = whole.to(self.dt.dtype)
-        self.up = torch.exp2(total.sub_(whole).to(self.dt.dtype))
+        self.groups, self.n = work.inputs.B.shape[2:]
+        self.by_rows = slice(rows.start * self.groups, rows.stop * self.groups)
+        self.B, self.C = work.B[self.by_rows, time], work.C[self.by_rows, time]
+        self.whole, self.up = self.at(work.kept.whole), self.at(work.kept.up)
+
+    def at(self, scale: Tensor) -> Tensor:
+        """These rows and steps of a (B, H, L) tensor."""
+        return scale[self.rows, :, self.time]
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """2^(n_i - n_j), zero above the diagonal, (B, G, H / G, L, L); C_i . B_j, (B, G, 1, L, L).
@@ -189,15 +232,15 @@ class _Chunk:
         """(B, L, H, P) times (B, H, L) as (B * G, L, H / G * P)."""
         split = (self.groups, self.heads // self.groups)
         out = values.new_empty(self.batch, self.groups, self.length, split[1], self.head)
-        parts = [t.unflatten(2, split).transpose(1, 2) for t in (values, _to_time(scale))]
+        parts = [t.unflatten(2, split).transpose(1, 2) for t in (values, _by_time(scale))]
         torch.mul(*parts, out=out)
         return out.view(self.batch * self.groups, self.length, -1)
 
-    def heads_to_time(self, rows: Tensor) -> Tensor:
+    def heads_by_time(self, rows: Tensor) -> Tensor:
         """(B * H, L, P) as (B, L, H, P)."""
         return rows.view(self.batch, self.heads, self.length, self.head).transpose(1, 2)
 
-    def groups_to_time(self, rows: Tensor) -> Tensor:
+    def groups_by_time(self, rows: Tensor) -> Tensor:
         """(B * G, L, H / G * P) as (B, L, H, P)."""
         form = rows.view(self.batch, self.groups, self.length, -1, self.head)
         return form.transpose(1, 2).flatten(2, 3)
@@ -208,99 +251,127 @@ class _Chunk:
 
     def outputs_of_state(self, start: Tensor) -> Tensor:
         """C_i h, (B, L, H, P)."""
-        return self.groups_to_time(torch.bmm(self.C, self.state_rows(start).mT))
+        return self.groups_by_time(torch.bmm(self.C, self.state_rows(start).mT))
 
     def outputs(self, start: Tensor | None, y: Tensor) -> None:
         """Writes y (B, L, H, P) from the state before the chunk."""
         decays, products = self.tables()
-        rows = torch.bmm(
-            self.matrices(decays.mul_(products)), self.by_head(self.x, self.dt / self.up)
-        )
-        torch.mul(self.heads_to_time(rows), _to_time(self.up), out=y)
+        matrices = self.matrices(decays.mul_(products))
+        rows = torch.bmm(matrices, self.by_head(self.x, self.at(self.work.push)))
+        torch.mul(self.heads_by_time(rows), _by_time(self.up), out=y)
         if start is not None:
-            y.addcmul_(self.outputs_of_state(start), _to_time(self.from_start()))
-        if self.D is not None:
-            y.addcmul_(self.x, _per_channel(self.D))
+            y.addcmul_(self.outputs_of_state(start), _by_time(self.from_start()))
+        if self.work.D is not None:
+            y.addcmul_(self.x, self.work.D)
 
     def end_state(self, start: Tensor | None) -> Tensor:
         """The state after the chunk, (B, H, P, N)."""
-        pushed = self.by_group(self.x, self.to_end() * self.dt)
+        pushed = self.by_group(self.x, self.to_end() * self.at(self.work.dt))
         state = torch.bmm(pushed.mT, self.B).view(self.batch, self.heads, self.head, self.n)
         if start is not None:
             state.addcmul_(start, self.from_start()[..., -1, None, None])
         return state
 
 
-def _to_time(scale: Tensor) -> Tensor:
+def _by_time(scale: Tensor) -> Tensor:
     """(B, H, L) as a factor of (B, L, H, P)."""
     return scale.transpose(1, 2).unsqueeze(-1)
 
 
-def _per_channel(D: Tensor) -> Tensor:
-    """D as a factor of (B, L, H, P)."""
-    return D if D.dim() == 2 else D.unsqueeze(-1)
+class _Gradients:
+    """Gradients of the inputs, filled chunk by chunk.
 
-
-class _Part(NamedTuple):
-    """Where a chunk writes its gradients.
-
-    x (B, L, H, P); dt and dt A (B, H, L); B and C (B, G, L, N).
+    ``pushed`` (B, H, L) is that of every term with the factor dt, times dt (with ``exact_zero``:
+    not times dt); ``sums`` (B, H, L) that of the running sum of dt A; ``B`` and ``C`` are
+    (B * G, L, N).
     """
 
-    x: Tensor
-    dt: Tensor
-    exponent: Tensor
-    B: Tensor
-    C: Tensor
+    def __init__(self, inputs: Inputs) -> None:
+        batch, length, heads, head = inputs.x.shape
+        groups, n = inputs.B.shape[2:]
+        self.x = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
+        self.B, self.C = self.x.new_empty(2, batch * groups, length, n)
+        self.pushed, self.sums = self.x.new_empty(2, batch, heads, length, dtype=torch.double)
+        self.D = None if inputs.D is None else self.x.new_zeros(heads, head)
+        self.h0 = None if inputs.h0 is None else self.x.new_empty(inputs.h0.shape)
+
+    def finish(self, work: _Workspace, parts: list[slice]) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of x, dt, A, B, C, D and h0."""
+        inputs = work.inputs
+        for time in parts:
+            self.sums[..., time] = self.sums[..., time].flip(-1).cumsum(-1).flip(-1)
+        if inputs.reset is not None:
+            self.sums.masked_fill_(inputs.reset.unsqueeze(1), 0.0)
+        dA = (self.sums * work.dt).sum((0, 2)).to(self.x.dtype)
+        if not inputs.exact_zero:
+            self.pushed.div_(work.dt).masked_fill_(work.dt == 0, 0.0)
+        ddt = self.pushed.addcmul_(self.sums, inputs.A.double()[:, None]).to(self.x.dtype)
+        shape = inputs.B.transpose(1, 2).shape
+        dB, dC = (t.view(shape).transpose(1, 2) for t in (self.B, self.C))
+        dD = self.D
+        if dD is not None and inputs.D is not None and inputs.D.dim() == 1:
+            dD = dD.sum(-1)
+        return self.x, ddt.transpose(1, 2), dA, dB, dC, dD, self.h0
 
 
 class _Backward:
-    """Gradients of one chunk.
+    """The backward pass of one chunk; writes into ``grads`` from the cotangent ``dy`` of y."""
 
-    ``pushed`` sums those through every term that has dt_j as a factor, times dt_j; ``sums`` those
-    of the running sum of dt A. Both are (B, H, L).
-    """
+    def __init__(self, chunk: _Chunk, grads: _Gradients, dy: Tensor) -> None:
+        self.chunk, self.dy, self.dD = chunk, dy, grads.D
+        self.dx = grads.x[chunk.rows, chunk.time]
+        self.dB, self.dC = (t[chunk.by_rows, chunk.time] for t in (grads.B, grads.C))
+        self.pushed, self.sums = chunk.at(grads.pushed), chunk.at(grads.sums)
 
-    def __init__(self, chunk: _Chunk, grads: _Part, dy: Tensor) -> None:
-        self.chunk, self.grads, self.dy = chunk, grads, dy
-        # Gradients of x are those of dt x times dt, or times 1 for as long as they are needed.
-        self.size = torch.ones_like(chunk.dt) if chunk.exact_zero else chunk.dt
+    def run(self, start: Tensor | None, carry: Tensor | None) -> Tensor | None:
+        """Takes the state before the chunk and the cotangent of that after it, None when zero.
+
+        Returns the cotangent of the state before the chunk, None without a state.
+        """
+        chunk, back = self.chunk, None
         self._inside()
+        if carry is not None:
+            back = self._end(start, carry)
+        if start is not None:
+            back = self._start(start, back)
+        if chunk.work.inputs.exact_zero:
+            self.pushed.copy_((chunk.x * self.dx).sum(-1).transpose(1, 2))
+            self.dx.mul_(_by_time(chunk.at(chunk.work.dt)))
+        if chunk.work.D is not None and self.dD is not None:
+            self.dD += (self.dy * chunk.x).sum((0, 1))
+            self.dx.addcmul_(self.dy, chunk.work.D)
+        return back
 
     def _inside(self) -> None:
         """What goes through pairs of steps inside the chunk."""
-        chunk, grads = self.chunk, self.grads
+        chunk, work = self.chunk, self.chunk.work
         rows = chunk.by_head(self.dy, chunk.up)
-        table = torch.bmm(rows, chunk.by_head(chunk.x, chunk.dt / chunk.up).mT)
+        table = torch.bmm(rows, chunk.by_head(chunk.x, chunk.at(work.push)).mT)
         decays, products = chunk.tables()
         through = table.view(decays.shape).mul_(decays)
         dx = torch.bmm(chunk.matrices(decays.mul_(products)).mT, rows)
-        torch.mul(chunk.heads_to_time(dx), _to_time(self.size / chunk.up), out=grads.x)
+        torch.mul(chunk.heads_by_time(dx), _by_time(chunk.at(work.pull)), out=self.dx)
         dproducts = chunk.matrices(through.sum(2))
-        grads.C.copy_(torch.bmm(dproducts, chunk.B).view(grads.C.shape))
-        grads.B.copy_(torch.bmm(dproducts.mT, chunk.C).view(grads.B.shape))
-        through.mul_(products)
+        torch.bmm(dproducts, chunk.B, out=self.dC)
+        torch.bmm(dproducts.mT, chunk.C, out=self.dB)
         # Row and column sums nearly cancel below, so both have to be of the very same numbers; the
         # diagonal cancels altogether, because no step decays itself.
-        exact = through.double()
+        exact = through.mul_(products).double()
         diagonal = exact.diagonal(dim1=-2, dim2=-1)
         own = diagonal.clone()
         diagonal.zero_()
-        columns, shape = exact.sum(-2), chunk.dt.shape
-        self.pushed = (columns + own).view(shape)
-        self.sums = (exact.sum(-1) - columns).view(shape)
+        columns, shape = exact.sum(-2), self.sums.shape
+        torch.sub(exact.sum(-1).view(shape), columns.view(shape), out=self.sums)
+        torch.add(columns.view(shape), own.view(shape), out=self.pushed)
 
-    def end(self, start: Tensor | None, carry: Tensor) -> Tensor | None:
-        """What goes through the state after the chunk; ``carry`` is its cotangent.
-
-        Returns the part of the cotangent of the state before the chunk, if there is one.
-        """
-        chunk, grads = self.chunk, self.grads
+    def _end(self, start: Tensor | None, carry: Tensor) -> Tensor | None:
+        """What goes through the state after the chunk."""
+        chunk, work = self.chunk, self.chunk.work
         decay, rows = chunk.to_end(), chunk.state_rows(carry)
-        weight = decay * chunk.dt
-        grads.B.add_(torch.bmm(chunk.by_group(chunk.x, weight), rows).view(grads.B.shape))
-        dx = chunk.groups_to_time(torch.bmm(chunk.B, rows.mT))
-        grads.x.addcmul_(dx, _to_time(decay * self.size))
+        weight = decay * chunk.at(work.dt)
+        self.dB += torch.bmm(chunk.by_group(chunk.x, weight), rows)
+        dx = chunk.groups_by_time(torch.bmm(chunk.B, rows.mT))
+        self.dx.addcmul_(dx, _by_time(decay * chunk.at(work.size)))
         through = (chunk.x * dx).sum(-1).transpose(1, 2).double() * weight
         self.pushed += through
         self.sums -= through
@@ -311,27 +382,12 @@ class _Backward:
         self.sums[..., -1] += (back * start).sum((-2, -1))
         return back
 
-    def start(self, start: Tensor, back: Tensor | None) -> Tensor:
-        """What goes through the state before the chunk; returns its whole cotangent."""
-        chunk, grads = self.chunk, self.grads
-        decay = chunk.from_start()
+    def _start(self, start: Tensor, back: Tensor | None) -> Tensor:
+        """What goes through the state before the chunk."""
+        chunk, decay = self.chunk, self.chunk.from_start()
         dy = chunk.by_group(self.dy, decay)
-        grads.C.add_(torch.bmm(dy, chunk.state_rows(start)).view(grads.C.shape))
+        self.dC += torch.bmm(dy, chunk.state_rows(start))
         through = (self.dy * chunk.outputs_of_state(start)).sum(-1).transpose(1, 2)
         self.sums += through * decay
         found = torch.bmm(dy.mT, chunk.C).view(start.shape)
         return found if back is None else found.add_(back)
-
-    def finish(self) -> None:
-        """Writes the gradients of step sizes and adds what goes through the skip weight."""
-        chunk, grads = self.chunk, self.grads
-        grads.exponent.copy_(self.sums.flip(-1).cumsum(-1).flip(-1))
-        if chunk.reset is not None:
-            grads.exponent.masked_fill_(chunk.reset, 0.0)
-        if chunk.exact_zero:
-            grads.dt.copy_((chunk.x * grads.x).sum(-1).transpose(1, 2))
-            grads.x.mul_(_to_time(chunk.dt))
-        else:
-            grads.dt.copy_((self.pushed / chunk.dt).masked_fill_(chunk.dt == 0, 0.0))
-        if chunk.D is not None:
-            grads.x.addcmul_(self.dy, _per_channel(chunk.D))
