@@ -117,7 +117,7 @@ class Hydra(NonCausalMixer):
     def _off_diagonal(self, u: Tensor, bc: Tensor, dt: Tensor) -> Tensor:
         """What comes from earlier and from later steps, (B, L, H, P).
 
-        Every step reads the state of its neighbour, so the last step of each direction feeds none.
+        Every step reads what its neighbour has, so the last step of each direction feeds none.
         """
         batch, length = u.shape[:2]
         bc = bc.unflatten(-1, (4, self.ngroups, self.d_state))
@@ -133,11 +133,11 @@ class Hydra(NonCausalMixer):
             dt_limit=self.dt_limit,
             backend=self.backend,
         )
-        earlier, later = y[:batch], y[batch:].flip(1)
+        earlier, later = y[:batch, :-1], y[batch:, :-1].flip(1)
         y = F.pad(earlier, (0, 0, 0, 0, 1, 0)) + F.pad(later, (0, 0, 0, 0, 0, 1))
         return y[:, :length]
 
 
 def _both_ways(forward: Tensor, backward: Tensor) -> Tensor:
-    """All but the last step of one sequence, and of the other reversed, on the batch axis."""
-    return torch.cat((forward[:, :-1], backward[:, 1:].flip(1)))
+    """One sequence, and the other reversed, on the batch axis."""
+    return torch.cat((forward, backward.flip(1)))
