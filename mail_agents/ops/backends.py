@@ -161,7 +161,7 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
     if name == "auto":
         skipped = []
         for candidate in candidates[:-1]:
-            reason = candidate.refuse(*inputs)
+            reason = candidate.refuse(*inputs) or _needless(candidate)
             if reason is None:
                 _note(op, candidate.name, skipped)
                 return candidate
@@ -186,6 +186,16 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
         )
     _note(op, name, ["requested by name"])
     return candidate
+
+
+def _needless(candidate: Candidate) -> str | None:
+    """Why ``"auto"`` leaves out numba, or None; imports it only where it will be used."""
+    if candidate.extension is not NUMBA:
+        return None
+    if not _native.load().failure:
+        return "the native kernels work here"
+    failure = probe(NUMBA).failure
+    return f"cannot import {NUMBA.module} ({failure})" if failure else None
 
 
 def _require(op: str, backend: str, extension: Extension) -> None:
