@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mail_agents.benchmarks.timing import Candidate, graphed
 from mail_agents.errors import MailAgentsError
+from mail_agents.ops.backends import use_backend
 
 #: Largest difference between candidates, in units of the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -73,7 +74,42 @@ def runnable(
         try:
             function()
         except MailAgentsError as error:
-            absent.append(f"{what}, backend {name}: {str(error).splitlines()[0]}")
+            absent.append(f"{what}, {name}: {str(error).splitlines()[0]}")
         else:
             found[name] = function
     return found
+
+
+class Layer:
+    """Forward and backward of a layer (B, L, D) -> (B, L, D), with gradients of its parameters.
+
+    Args:
+        name: Shown in tables.
+        module: The layer; compared layers have equal names of parameters.
+        x: Input; a copy of it requires a gradient.
+        upstream: Gradient of the result.
+        backend: Kernel backend to run it with, see :mod:`mail_agents.ops.backends`.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, x: Tensor, upstream: Tensor, backend: str = "auto"
+    ) -> None:
+        self.name, self.module, self.backend, self.upstream = name, module, backend, upstream
+        self.x = x.detach().clone().requires_grad_()
+        named = dict(module.named_parameters())
+        self.leaves = [self.x, *(named[key] for key in sorted(named))]
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The result and the gradients of input and parameters, by the names of these."""
+        with use_backend(self.backend):
+            y = self.module(self.x)
+            return y, *torch.autograd.grad(y, self.leaves, self.upstream)
+
+    def candidate(self) -> Candidate:
+        """For timing."""
+        return Candidate(self.name, self, self)
+
+    def on_graph(self) -> Candidate:  # pragma: needs gpu
+        """For timing, replayed as a CUDA graph."""
+        replay = graphed(self)
+        return Candidate(f"{self.name}, graph", replay, replay)
