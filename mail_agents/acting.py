@@ -28,6 +28,20 @@ _CPU_ROWS = 4
 _GPU_ROWS = 20
 
 
+@contextmanager
+def evaluating(policy: Policy) -> Iterator[None]:
+    """Evaluation mode inside, training mode after where it was before."""
+    # Telling all modules takes as long as a step of a small network; mostly they know.
+    training = policy.training
+    if training:
+        policy.eval()
+    try:
+        yield
+    finally:
+        if training:
+            policy.train()
+
+
 class Acting(ABC):
     """What an :class:`~mail_agents.agent.Agent` does between training runs: it acts in slots.
 
@@ -310,21 +324,20 @@ class Acting(ABC):
         sees = any(feature.kind == "image" for feature in self.features.observations.values())
         self.plan_rows, self.plan_fixed = (_CPU_ROWS, sees) if on_cpu else (_GPU_ROWS, True)
         try:
-            yield
+            with evaluating(self.acting_policy):
+                yield
         finally:
             self.plan_rows, self.plan_fixed = before
 
     @contextmanager
     def acting(self) -> Iterator[None]:
         """Evaluation and inference mode inside, the previous mode restored after."""
-        policy = self.acting_policy
-        training = policy.training
-        policy.eval()
-        try:
-            with torch.inference_mode(), recording_backends(self.backends):
-                yield
-        finally:
-            policy.train(training)
+        with (
+            evaluating(self.acting_policy),
+            torch.inference_mode(),
+            recording_backends(self.backends),
+        ):
+            yield
 
     def step(
         self,

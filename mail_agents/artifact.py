@@ -269,6 +269,7 @@ def load_agent(
             f"{digest[:12]}...: a weight or a setting was altered after the file was written. Copy "
             "the file again, or use another checkpoint."
         )
+    agent.policy.eval()  # until it is trained again
     agent.tasks = tuple(info["tasks"])
     agent.updates = int(info["updates"])
     agent.provenance = dict(info["provenance"])

@@ -19,7 +19,8 @@ class EMA(AveragedModel):
 
     After the ``n``-th optimiser step, ``ema = d_n ema + (1 - d_n) weights`` with ``d_n =
     min(decay, (1 + n) / (10 + n))``: 2/11 at first, reaching 0.995 at n = 1790 (upstream MaIL).
-    Buffers are copied. The original is never touched: act with :attr:`module`.
+    Buffers are copied. The original is never touched: act with :attr:`module`, which is in
+    evaluation mode.
 
     Args:
         model: The module to follow; its current weights are the start of the average.
@@ -38,7 +39,7 @@ class EMA(AveragedModel):
             torch._foreach_lerp_(list(averages), list(weights), weight)  # type: ignore[attr-defined]
 
         super().__init__(model, multi_avg_fn=update)
-        self.module.requires_grad_(False)
+        self.module.requires_grad_(False).eval()
         # AveragedModel copies instead of averaging while its counter is 0. The recipe averages
         # from the first update on, so the counter starts at 1: the number of the coming update.
         self.n_averaged.fill_(1)
