@@ -25,7 +25,7 @@ _LOG2E = math.log2(math.e)
 _ZERO = -1100.0
 #: Sequences up to this length are one chunk; longer ones are split evenly into chunks of at most
 #: ``_CHUNK`` steps, where the quadratic part costs about as much as the state.
-_SINGLE = 256
+_SINGLE = 192
 _CHUNK = 64
 #: Elements per thread of one intermediate result: such blocks of rows stay in the cache, and the
 #: allocator keeps their memory between calls.

@@ -64,6 +64,12 @@ CAUSAL_CONV1D = Extension(
     "causal-conv1d",
     "pip install --no-deps --no-build-isolation causal-conv1d==1.7.0",
 )
+#: Triton kernels: they need no compiled part of mamba-ssm, but Python packages it imports.
+SSD_CUDA = Extension(
+    "mamba_ssm.ops.triton.ssd_combined",
+    "mamba-ssm",
+    f"pip install einops triton transformers && {SELECTIVE_SCAN_CUDA.fix}",
+)
 NUMBA = Extension("numba", "numba", "pip install 'mail-agents[numba]'")
 
 

@@ -9,11 +9,15 @@ a group::
     h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T         (zero before the first step, or h0)
     y_t  = (h_t C_t + D x_t) * silu(z_t)
 
-All arithmetic is float32 (float64 when an input is float64), whatever the dtype of the inputs.
+A NaN or an infinity reaches the later outputs of its sequence, and no other sequence; the matrix
+products of ``torch`` and ``cuda`` carry it to earlier steps of the same sequence as well. All
+arithmetic is float32 (float64 when an input is float64), whatever the dtype of the inputs.
 
 ==============  ==========================================  =====================================
 backend         runs                                        gradients
 ==============  ==========================================  =====================================
+``cuda``        CUDA tensors, float32 / float16 / bfloat16  first order
+                with the official package
 ``torch``       everywhere                                  first order
 ``reference``   everywhere, slow, readable                  any order, forward mode, torch.func
 ==============  ==========================================  =====================================
@@ -26,9 +30,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mail_agents.ops import _ssd_cuda
+from mail_agents.ops._opaque import tracing
 from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, step_sizes
-from mail_agents.ops._ssd_torch import StateSpaceDuality
-from mail_agents.ops.backends import Candidate, choose, refuse_torch_func
+from mail_agents.ops._ssd_opaque import opaque_ssd
+from mail_agents.ops._ssd_torch import Inputs, StateSpaceDuality
+from mail_agents.ops.backends import (
+    SSD_CUDA,
+    Candidate,
+    choose,
+    refuse_torch_func,
+    refuse_without,
+)
 
 
 def ssd(
@@ -84,9 +97,11 @@ def ssd(
         *(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, h0, reset, return_state)
     )
     inputs.check()
-    candidate = choose("ssd", _CANDIDATES, backend, inputs)
     with _no_autocast(x.device):
-        y, last = candidate.run(inputs)
+        if tracing(x) and not _is_empty(inputs):
+            y, last = _traced(inputs, backend)
+        else:
+            y, last = choose("ssd", _CANDIDATES, backend, inputs).run(inputs)
     return (y, last) if return_state else y
 
 
@@ -168,21 +183,41 @@ def _reference(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
     return _skip_and_gate(y, x, inputs.D, inputs.z).to(inputs.x.dtype), h
 
 
-def _torch(inputs: SsdInputs) -> tuple[Tensor, Tensor | None]:
-    """The chunked form of :mod:`mail_agents.ops._ssd_torch`."""
-    if inputs.x.numel() == 0 or inputs.B.numel() == 0:
-        return _reference(inputs)
+def _prepared(inputs: SsdInputs) -> Inputs:
+    """What lies between step size and gate, in one dtype."""
     work = inputs.work_dtype()
     x, dt, A, B, C = (t.to(work) for t in inputs[:5])
     D, h0 = (None if t is None else t.to(work) for t in (inputs.D, inputs.h0))
     dt = step_sizes(dt, inputs.dt_bias, inputs.dt_softplus, inputs.dt_limit)
-    y, last = StateSpaceDuality.apply(  # type: ignore[misc]
-        *(x, dt, A, B, C, D, h0, inputs.reset, not inputs.dt_softplus, inputs.return_state)
-    )
-    return _skip_and_gate(y, x, None, inputs.z).to(inputs.x.dtype), last
+    flags = not inputs.dt_softplus, inputs.return_state
+    return Inputs(x, dt, A, B, C, D, h0, inputs.reset, *flags)
+
+
+def _torch(inputs: SsdInputs) -> tuple[Tensor, Tensor | None]:
+    """The chunked form of :mod:`mail_agents.ops._ssd_torch`."""
+    if _is_empty(inputs):
+        return _reference(inputs)
+    y, last = StateSpaceDuality.apply(*_prepared(inputs))  # type: ignore[misc]
+    return _skip_and_gate(y, inputs.x, None, inputs.z).to(inputs.x.dtype), last
+
+
+def _traced(inputs: SsdInputs, backend: str) -> tuple[Tensor, Tensor | None]:
+    """The op as one operation of a compiled graph."""
+    y, last = opaque_ssd(_prepared(inputs), backend)
+    return _skip_and_gate(y, inputs.x, None, inputs.z).to(inputs.x.dtype), last
+
+
+def _is_empty(inputs: SsdInputs) -> bool:
+    return inputs.x.numel() == 0 or inputs.B.numel() == 0
+
+
+def _refuse_cuda(inputs: SsdInputs) -> str | None:
+    missing = refuse_without(SSD_CUDA, inputs.x.is_cuda)
+    return _ssd_cuda.limits(inputs) if missing is None else missing
 
 
 _CANDIDATES = (
+    Candidate("cuda", _ssd_cuda.run, _refuse_cuda, SSD_CUDA),
     Candidate("torch", _torch, refuse_torch_func),
     Candidate("reference", _reference, lambda _: None),
 )
