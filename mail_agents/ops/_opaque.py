@@ -1,7 +1,7 @@
 """The CPU kernels of Mamba blocks as single operations that ``torch.compile`` does not look into.
 
 Only traced code calls them: eager code needs no dispatcher in between. Which backend runs is
-decided, and recorded, at every call and not when code is traced; only ``torch`` can.
+decided, and recorded, at every call and not when code is traced; ``native`` and ``torch`` can.
 """
 
 from typing import Any
@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mail_agents.ops._scan_torch import Inputs, kept_states, scan_backward, scan_forward
+from mail_agents.ops import _conv_native, _scan_native, _scan_torch
+from mail_agents.ops._conv_torch import conv_backward, conv_forward
+from mail_agents.ops._native import refuse_native
+from mail_agents.ops._scan_inputs import ScanInputs
 from mail_agents.ops.backends import Candidate, choose
 
 
@@ -18,40 +21,79 @@ def tracing(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-def _torch(_: Any) -> None:
-    """Stands for the ``torch`` backend, which runs here without its autograd function."""
+def opaque_scan(
+    inputs: ScanInputs, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """The selective scan in ``dtype``: y (B, L, D) and the last state (B, D, N), if wanted."""
+    ready = [x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+    arguments: list[Any] = [*ready, backend]
+    y, last, *_ = _scan(*arguments)
+    return y.to(inputs.u.dtype), last.transpose(1, 2) if inputs.return_state else None
 
 
-def _check_backend(op: str, backend: str) -> None:
+def opaque_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    history: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The causal convolution, (B, L, D)."""
+    arguments: list[Any] = [x, weight, bias, silu, history, backend]
+    return _conv(*arguments)
+
+
+def _chosen(op: str, backend: str, *tensors: Tensor | None) -> str:
+    """Name of the backend that runs, ``native`` or ``torch``."""
+
     def refuse(_: Any) -> str:
         return "it cannot be compiled, leave out --compile or policy.compile()"
 
+    def run(_: Any) -> None:
+        """Stands for backends that run here without their autograd functions."""
+
     candidates = (
-        Candidate("cuda", _torch, lambda _: "its kernels need tensors on a CUDA device"),
-        Candidate("torch", _torch, lambda _: None),
-        Candidate("reference", _torch, refuse),
+        Candidate("cuda", run, lambda _: "its kernels need tensors on a CUDA device"),
+        Candidate("native", run, lambda _: refuse_native(*tensors)),
+        Candidate("torch", run, lambda _: None),
+        Candidate("reference", run, refuse),
     )
-    choose(op, candidates, backend, None)
+    return choose(op, candidates, backend, None).name
 
 
 @torch.library.custom_op("mail_agents::selective_scan", mutates_args=())
-def opaque_scan(
+def _scan(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    bias: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
     softplus: bool,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    want_state: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`~mail_agents.ops._scan_torch.Inputs`; the result, and what backward needs."""
-    _check_backend("selective_scan", backend)
-    found = scan_forward(_inputs(u, delta, A, B, C, D, z, bias, softplus))
-    assert found.ungated is not None  # there is a gate
-    return found.out, found.dt, found.ungated, found.kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments of one floating dtype; what is not wanted has no elements.
+
+    Returns:
+        y (B, L, D), the last state (B, N, D), y before the gate (B, L, D), kept states
+        (:func:`_kept_states`, B, N, D), and 1 where ``native`` ran, else 0.
+    """
+    inputs = ScanInputs(u, delta, A, B, C, D, z, bias, softplus, h0, reset, want_state)
+    native = _chosen("selective_scan", backend, *inputs.tensors()) == "native"
+    kept = _new_kept(inputs)
+    found: Any
+    if native:
+        found = _scan_native.scan_forward(_scan_native.prepare(inputs), kept)
+    else:
+        found = _scan_torch.scan_forward(_scan_torch.prepare(inputs), kept)
+    last, ungated = (u.new_empty(0) if x is None else x for x in (found.last, found.ungated))
+    return found.out, last, ungated, kept, torch.tensor(int(native))
 
 
 @torch.library.custom_op("mail_agents::selective_scan_backward", mutates_args=())
@@ -61,96 +103,149 @@ def _scan_gradients(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    bias: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
     softplus: bool,
-    dt: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    want_state: bool,
     ungated: Tensor,
     kept: Tensor,
+    native: Tensor,
     dout: Tensor,
+    dlast: Tensor,
 ) -> list[Tensor]:
-    inputs = _inputs(u, delta, A, B, C, D, z, bias, softplus)
-    found = scan_backward(inputs, dt, ungated, kept, dout, None)[:8]
+    """Gradients of the floating arguments that are there."""
+    inputs = ScanInputs(u, delta, A, B, C, D, z, bias, softplus, h0, reset, want_state)
+    backend: Any = _scan_native if native.item() else _scan_torch
+    found = backend.scan_backward(
+        *(backend.prepare(inputs), None if z is None else ungated, kept),
+        *(dout, dlast if want_state else None),
+    )
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
 @torch.library.custom_op("mail_agents::causal_conv1d", mutates_args=())
-def opaque_conv(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Convolution with SiLU, and the value before the activation, both (B, L, D)."""
-    from mail_agents.ops.causal_conv1d import conv_forward  # it imports this module
-
-    _check_backend("causal_conv1d", backend)
-    out, pre = conv_forward(x, weight.t().contiguous(), bias, "silu", None)
-    assert pre is not None  # there is an activation
-    return out, pre
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    history: Tensor | None,
+    backend: str,
+) -> Tensor:
+    if _chosen("causal_conv1d", backend, x, weight) == "native":
+        return _conv_native.conv_forward(*_conv_native.prepare(x, weight, bias, silu, history)).to(
+            x.dtype
+        )
+    return conv_forward(x, weight.t().contiguous(), bias, "silu" if silu else None, history)[0]
 
 
 @torch.library.custom_op("mail_agents::causal_conv1d_backward", mutates_args=())
 def _conv_gradients(
-    x: Tensor, weight: Tensor, pre: Tensor, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from mail_agents.ops.causal_conv1d import conv_backward
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    history: Tensor | None,
+    backend: str,
+    dy: Tensor,
+) -> list[Tensor]:
+    """Gradients of the tensors that are there."""
+    if _chosen("causal_conv1d", backend, x, weight) == "native":
+        ready = _conv_native.prepare(x, weight, bias, silu, history)
+        found = _conv_native.conv_backward(*ready, dy.float())
+    else:
+        # Recomputed, because only this backend would read it from memory.
+        taps, pre = weight.t().contiguous(), None
+        if silu:
+            pre = conv_forward(x, taps, bias, None, history)[0]
+        dx, dtaps, dbias, dhistory = conv_backward(x, taps, history, pre, dy)
+        found = dx, dtaps.t(), None if bias is None else dbias, dhistory
+    return [gradient.to(x.dtype).contiguous() for gradient in found if gradient is not None]
 
-    dx, dtaps, dbias, _ = conv_backward(x, weight.t().contiguous(), None, pre, dy)
-    return dx, dtaps.t().contiguous(), dbias
+
+def _kept_states(u: Tensor, n: int) -> int:
+    """Number of states that either backend may keep."""
+    batch, length, d = u.shape
+    return max(
+        _scan_native.kept_states(length), _scan_torch.kept_states(batch, length, n * d, u.device)
+    )
 
 
-def _inputs(*tensors: Any) -> Inputs:
-    *dense, D, z, bias, softplus = tensors
-    u, delta, A, B, C = (tensor.contiguous() for tensor in dense)
-    return Inputs(u, delta, A, B, C, D, z, bias, softplus, None, None, False)
+def _new_kept(inputs: ScanInputs) -> Tensor:
+    u, n = inputs.u, inputs.A.shape[1]
+    return u.new_empty(_kept_states(u, n), u.shape[0], n, u.shape[2])
 
 
-def _like(*tensors: Tensor) -> list[Tensor]:
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+def _like(*tensors: Any) -> list[Tensor]:
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in tensors
+        if isinstance(x, Tensor) and x.is_floating_point()
+    ]
 
 
-@opaque_scan.register_fake
-def _(u: Any, delta: Any, A: Any, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (batch, length, d), n = u.shape, A.shape[1]
-    states = kept_states(batch, length, n * d, u.device)
-    out, dt, ungated = _like(u, u, u)
-    return out, dt, ungated, u.new_empty(states, batch, n, d)
+@_scan.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = ScanInputs(*arguments[:12])
+    u, n = inputs.u, inputs.A.shape[1]
+    none = u.new_empty(0)
+    out, ungated = _like(u, u)
+    last = u.new_empty(u.shape[0], n, u.shape[2]) if inputs.return_state else none
+    return (
+        *(out, last, none.clone() if inputs.z is None else ungated, _new_kept(inputs)),
+        u.new_empty((), dtype=torch.int64),
+    )
 
 
 @_scan_gradients.register_fake
-def _(*inputs: Any) -> list[Tensor]:
-    return _like(*inputs[:8])
+def _(*arguments: Any) -> list[Tensor]:
+    return _like(*arguments[:12])
 
 
-@opaque_conv.register_fake
-def _(x: Any, *_: Any) -> tuple[Tensor, Tensor]:
-    out, pre = _like(x, x)
-    return out, pre
+@_conv.register_fake
+def _(x: Any, *_: Any) -> Tensor:
+    return _like(x)[0]
 
 
 @_conv_gradients.register_fake
-def _(x: Any, weight: Any, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _like(x, weight, weight[:, 0])
-    return dx, dweight, dbias
+def _(x: Any, weight: Any, bias: Any, silu: Any, history: Any, *_: Any) -> list[Tensor]:
+    return _like(x, weight, bias, history)
 
 
-def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:8], *output[1:])
-    ctx.softplus = inputs[8]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps all arguments and, of the scan, what its backward pass needs."""
+    kept = output[2:] if isinstance(output, tuple) else ()
+    ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *kept)
+    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
 
 
-def _scan_backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *tensors, dt, ungated, kept = ctx.saved_tensors
-    arguments: list[Any] = [*tensors, ctx.softplus, dt, ungated, kept, dout]
-    gradients = _scan_gradients(*arguments)
-    return *gradients, None, None
+def _restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    saved = iter(ctx.saved_tensors)
+    pairs = zip(ctx.arguments, ctx.is_tensor, strict=True)
+    return [next(saved) if tensor else x for x, tensor in pairs], list(saved)
 
 
-def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+def _spread(arguments: list[Any], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """One gradient, or None, per argument."""
+    found = iter(gradients)
+    return tuple(
+        next(found) if isinstance(x, Tensor) and x.is_floating_point() else None for x in arguments
+    )
 
 
-def _conv_backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x, weight, pre = ctx.saved_tensors
-    return *_conv_gradients(x, weight, pre, dy), None
+def _scan_backward(ctx: Any, dout: Tensor, dlast: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    arguments, kept = _restore(ctx)
+    return _spread(arguments, _scan_gradients(*arguments[:12], *kept, dout, dlast))
 
 
-opaque_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
-opaque_conv.register_autograd(_conv_backward, setup_context=_conv_setup)
+def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    arguments, _ = _restore(ctx)
+    return _spread(arguments, _conv_gradients(*arguments, dy))
+
+
+_scan.register_autograd(_scan_backward, setup_context=_setup)
+_conv.register_autograd(_conv_backward, setup_context=_setup)

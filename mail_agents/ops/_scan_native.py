@@ -17,6 +17,8 @@ from mail_agents.ops._native import load, refuse_native, threads
 from mail_agents.ops._scan_inputs import ScanInputs
 
 _MAX_STATE = 256
+#: Steps between kept states, as in the kernel.
+CHUNK = 32
 
 
 class _Sequence(ctypes.Structure):
@@ -58,34 +60,18 @@ class _Scan(ctypes.Structure):
     )
 
 
-class _Inputs(NamedTuple):
-    """Arguments of the kernel: float32, sequences with contiguous channels, ``reset`` bool."""
+class Forward(NamedTuple):
+    """Results of :func:`scan_forward`.
 
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    bias: Tensor | None
-    softplus: bool
-    h0: Tensor | None
-    reset: Tensor | None
-    want_state: bool
-
-
-class Kept(NamedTuple):
-    """Results of the forward pass: what the op returns, and what its backward pass needs.
-
-    ``out`` and ``ungated`` (None without a gate) are (B, L, D), ``last`` (None unless wanted) is
-    (B, N, D) and ``kept``, one state per chunk of time but the last, (chunks - 1, B, N, D).
+    Attributes:
+        out: (B, L, D).
+        ungated: The same before the gate, (B, L, D); None without a gate or a backward pass.
+        last: State after the last step, (B, N, D), if it is wanted.
     """
 
     out: Tensor
     ungated: Tensor | None
     last: Tensor | None
-    kept: Tensor | None
 
 
 def refuse(inputs: ScanInputs) -> str | None:
@@ -97,45 +83,60 @@ def refuse(inputs: ScanInputs) -> str | None:
 
 def run(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
     """Runs the kernel on inputs that :func:`refuse` accepts."""
-    u, delta, B, C, z = map(_sequence, (inputs.u, inputs.delta, inputs.B, inputs.C, inputs.z))
-    A, D, bias = map(_dense, (inputs.A, inputs.D, inputs.delta_bias))
-    h0 = None if inputs.h0 is None else inputs.h0.float()
-    reset = None if inputs.reset is None else inputs.reset.contiguous()
-    assert u is not None and delta is not None and A is not None  # what is given stays given
-    assert B is not None and C is not None
-    native = _Inputs(
-        *(u, delta, A, B, C, D, z, bias, inputs.delta_softplus, h0, reset, inputs.return_state)
-    )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs.tensors()):
-        y, last = _NativeScan.apply(*native)  # type: ignore[misc]
+    ready = prepare(inputs)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors()):
+        y, last = _NativeScan.apply(*ready)  # type: ignore[misc]
     else:
-        found = scan_forward(native, keep=False)
+        found = scan_forward(ready)
         y, last = found.out, found.last
     return y.to(inputs.u.dtype), None if last is None else last.transpose(1, 2)
 
 
+def prepare(inputs: ScanInputs) -> ScanInputs:
+    """Float32 with contiguous channels, which is what the kernel reads."""
+
+    def sequence(x: Any) -> Any:
+        return None if x is None else _rows(x.float())
+
+    def dense(x: Any) -> Any:
+        return None if x is None else x.float().contiguous()
+
+    return ScanInputs(
+        *(sequence(inputs.u), sequence(inputs.delta), dense(inputs.A)),
+        *(sequence(inputs.B), sequence(inputs.C), dense(inputs.D), sequence(inputs.z)),
+        *(dense(inputs.delta_bias), inputs.delta_softplus),
+        None if inputs.h0 is None else inputs.h0.float(),
+        None if inputs.reset is None else inputs.reset.contiguous(),
+        inputs.return_state,
+    )
+
+
 def kept_states(length: int) -> int:
-    """Number of states that :func:`scan_forward` keeps of a sequence."""
-    return max(0, math.ceil(length / _library().mail_scan_chunk()) - 1)
+    """Number of states that a backward pass needs, besides the first one."""
+    return max(0, (length - 1) // CHUNK)
 
 
-def scan_forward(inputs: _Inputs, keep: bool) -> Kept:
-    """The op without autograd; ``keep`` says whether a backward pass may follow."""
-    u, A = inputs.u, inputs.A
-    (batch, length, d), n = u.shape, A.shape[1]
-    out = u.new_empty(batch, length, d)
-    ungated = torch.empty_like(out) if keep and inputs.z is not None else None
-    last = u.new_empty(batch, n, d) if inputs.want_state else None
-    kept = u.new_empty(kept_states(length), batch, n, d) if keep else None
+def scan_forward(inputs: ScanInputs, kept: Tensor | None = None) -> Forward:
+    """The op without autograd, on inputs from :func:`prepare`.
+
+    Args:
+        inputs: As :func:`prepare` returns them.
+        kept: Memory for the states that a backward pass needs, (:func:`kept_states`, B, N, D);
+            without it there is none.
+    """
+    u, n = inputs.u, inputs.A.shape[1]
+    out = u.new_empty(u.shape)
+    ungated = None if kept is None or inputs.z is None else torch.empty_like(out)
+    last = u.new_empty(len(u), n, u.shape[2]) if inputs.return_state else None
     args = _arguments(inputs)
     args.out, args.ungated = _pointer(out), _pointer(ungated)
     args.last, args.kept = _pointer(last), _pointer(kept)
     _call("mail_scan_forward", args)
-    return Kept(out, ungated, last, kept)
+    return Forward(out, ungated, last)
 
 
 def scan_backward(
-    inputs: _Inputs,
+    inputs: ScanInputs,
     ungated: Tensor | None,
     kept: Tensor,
     dout: Tensor | None,
@@ -154,10 +155,10 @@ def scan_backward(
     du, ddelta = u.new_empty(batch, length, d), u.new_empty(batch, length, d)
     dB, dC = u.new_empty(parts, batch, length, n), u.new_empty(parts, batch, length, n)
     dA = A.new_empty(n, d)
-    dD, dbias = (None if x is None else x.new_empty(d) for x in (inputs.D, inputs.bias))
+    dD, dbias = (None if x is None else x.new_empty(d) for x in (inputs.D, inputs.delta_bias))
     dz = None if inputs.z is None else torch.empty_like(du)
     dh0 = None if inputs.h0 is None else u.new_empty(batch, n, d)
-    dout = _sequence(dout)
+    dout = None if dout is None else _rows(dout)
     args = _arguments(inputs)
     args.ungated, args.kept, args.parts = _pointer(ungated), _pointer(kept), parts
     args.dout = _sequence_of(dout)
@@ -173,15 +174,17 @@ def scan_backward(
 
 
 class _NativeScan(torch.autograd.Function):
-    """The whole op; ``apply(*_Inputs)``, first-order gradients, last state (B, N, D)."""
+    """The whole op; ``apply(*ScanInputs)``, first-order gradients, last state (B, N, D)."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
-        inputs = _Inputs(*args)
-        found = scan_forward(inputs, keep=True)
+        inputs = ScanInputs(*args)
+        (batch, length, d), n = inputs.u.shape, inputs.A.shape[1]
+        kept = inputs.u.new_empty(kept_states(length), batch, n, d)
+        found = scan_forward(inputs, kept)
         tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-        ctx.save_for_backward(*tensors, found.ungated, found.kept)
-        ctx.flags = inputs.softplus, inputs.want_state
+        ctx.save_for_backward(*tensors, found.ungated, kept)
+        ctx.softplus = inputs.delta_softplus
         ctx.set_materialize_grads(False)
         return found.out, found.last
 
@@ -189,8 +192,7 @@ class _NativeScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, ungated, kept = ctx.saved_tensors
-        softplus, want_state = ctx.flags
-        inputs = _Inputs(*tensors)._replace(softplus=softplus, want_state=want_state)
+        inputs = ScanInputs(*tensors)._replace(delta_softplus=ctx.softplus)
         return scan_backward(inputs, ungated, kept, dout, dlast)
 
 
@@ -205,12 +207,12 @@ def _call(name: str, args: _Scan) -> None:
         raise MemoryError("selective_scan: no memory for the scratch space of the native kernel")
 
 
-def _arguments(inputs: _Inputs) -> _Scan:
+def _arguments(inputs: ScanInputs) -> _Scan:
     batch, length, d = inputs.u.shape
     return _Scan(
-        *(batch, length, d, inputs.A.shape[1], inputs.softplus),
+        *(batch, length, d, inputs.A.shape[1], inputs.delta_softplus),
         *map(_sequence_of, (inputs.u, inputs.delta, inputs.z, inputs.B, inputs.C)),
-        *map(_pointer, (inputs.A, inputs.D, inputs.bias)),
+        *map(_pointer, (inputs.A, inputs.D, inputs.delta_bias)),
         *(_state_of(inputs.h0), _pointer(inputs.reset)),
         threads=threads(),
     )
@@ -228,13 +230,6 @@ def _state_of(x: Tensor | None) -> _State:
     return _State() if x is None else _State(x.data_ptr(), *x.stride())
 
 
-def _sequence(x: Tensor | None) -> Tensor | None:
-    """Float32 with contiguous channels."""
-    if x is None:
-        return None
-    x = x.float()
+def _rows(x: Tensor) -> Tensor:
+    """The same values with contiguous channels."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()

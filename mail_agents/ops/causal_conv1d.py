@@ -4,8 +4,9 @@
 ``history`` (zero when absent): the short convolution in front of the scan of Mamba (Gu & Dao 2023,
 section 3.4), the arithmetic of ``nn.Conv1d(groups=D, padding=W-1)`` cut to the input length.
 
-Backends: ``cuda`` (official ``causal_conv1d`` package), ``torch`` (one shifted multiply-add per
-tap, hand-written first-order backward, no transposed copies) and ``reference`` (``F.conv1d``).
+Backends: ``cuda`` (official ``causal_conv1d`` package), ``native`` (CPU, not float64, compiled on
+first use; computes in float32), ``torch`` (one shifted multiply-add per tap, no transposed copies)
+and ``reference`` (``F.conv1d``). Gradients are of first order, those of ``reference`` of any.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -13,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mail_agents.errors import InvalidInputError
+from mail_agents.ops import _conv_native
+from mail_agents.ops._conv_torch import ShiftedSum
 from mail_agents.ops._opaque import opaque_conv, tracing
 from mail_agents.ops.backends import (
     CAUSAL_CONV1D,
@@ -27,11 +29,6 @@ from mail_agents.ops.backends import (
 )
 
 Activation = Literal["silu"] | None
-
-#: Elements of a batch block, per thread: its buffers stay in the cache between taps.
-_TILE = 2**17
-_GPU_TILE = 2**40
-
 
 class _ConvInputs(NamedTuple):
     x: Tensor
@@ -75,9 +72,10 @@ def causal_conv1d(
     bias = None if bias is None else bias.to(x.dtype)
     history = None if history is None else history.to(x.dtype)
     inputs = _ConvInputs(x, weight, bias, activation, history)
-    if tracing(x) and bias is not None and activation and history is None and not return_history:
-        return opaque_conv(x, weight, bias, backend)[0]
-    y = choose("causal_conv1d", _CANDIDATES, backend, inputs).run(inputs)
+    if tracing(x) and x.numel():
+        y = opaque_conv(x, weight, bias, activation == "silu", history, backend)
+    else:
+        y = choose("causal_conv1d", _CANDIDATES, backend, inputs).run(inputs)
     return (y, _next_history(x, weight.shape[1], history)) if return_history else y
 
 
@@ -155,7 +153,17 @@ def _reference(inputs: _ConvInputs) -> Tensor:
 
 
 def _torch(inputs: _ConvInputs) -> Tensor:
-    return _ShiftedSum.apply(*inputs)  # type: ignore[misc, no-any-return]
+    return ShiftedSum.apply(*inputs)  # type: ignore[misc, no-any-return]
+
+
+def _native(inputs: _ConvInputs) -> Tensor:
+    x, weight, bias, activation, history = inputs
+    return _conv_native.run(x, weight, bias, activation == "silu", history)
+
+
+def _refuse_native(inputs: _ConvInputs) -> str | None:
+    x, weight, bias, _, history = inputs
+    return _conv_native.refuse(x, weight, bias, history)
 
 
 def _cuda(inputs: _ConvInputs) -> Tensor:
@@ -193,94 +201,7 @@ def _refuse_cuda(inputs: _ConvInputs) -> str | None:
 
 _CANDIDATES = (
     Candidate("cuda", _cuda, _refuse_cuda, CAUSAL_CONV1D),
+    Candidate("native", _native, _refuse_native),
     Candidate("torch", _torch, refuse_torch_func),
     Candidate("reference", _reference, lambda _: None),
 )
-
-
-def _row_blocks(x: Tensor) -> list[slice]:
-    tile = _TILE * torch.get_num_threads() if x.device.type == "cpu" else _GPU_TILE
-    rows = max(1, tile // max(1, x.shape[1] * x.shape[2]))
-    return [slice(row, row + rows) for row in range(0, x.shape[0], rows)]
-
-
-class _ShiftedSum(torch.autograd.Function):
-    """Sum over taps of the input shifted in time; keeps the value before the activation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: Activation,
-        history: Tensor | None,
-    ) -> Tensor:
-        taps = weight.t().contiguous()
-        out, pre = conv_forward(x, taps, bias, activation, history)
-        ctx.save_for_backward(x, taps, history, pre)
-        ctx.has_bias = bias is not None
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, taps, history, pre = ctx.saved_tensors
-        dx, dtaps, dbias, dhistory = conv_backward(x, taps, history, pre, dy)
-        return dx, dtaps.t(), dbias if ctx.has_bias else None, None, dhistory
-
-
-def conv_forward(
-    x: Tensor, taps: Tensor, bias: Tensor | None, activation: Activation, history: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Result, and the value before the activation (None without one); ``taps`` is (W, D)."""
-    batch, length, channels = x.shape
-    pre = x.new_empty(batch, length, channels)
-    out = torch.empty_like(pre) if activation == "silu" else pre
-    for rows in _row_blocks(x):
-        block, source = pre[rows], x[rows]
-        if bias is None:
-            torch.mul(source, taps[-1], out=block)
-        else:
-            torch.addcmul(bias, source, taps[-1], out=block)
-        for lag in range(1, len(taps)):
-            tap, head = taps[-1 - lag], min(lag, length)
-            block[:, lag:].addcmul_(source[:, : length - head], tap)
-            if history is not None:
-                first = len(taps) - 1 - lag
-                block[:, :head].addcmul_(history[rows, first : first + head], tap)
-        if activation == "silu":
-            torch.ops.aten.silu.out(block, out=out[rows])
-    return out, pre if activation == "silu" else None
-
-
-def conv_backward(
-    x: Tensor, taps: Tensor, history: Tensor | None, pre: Tensor | None, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of input, taps, bias and history."""
-    batch, length, channels = x.shape
-    dx = x.new_empty(batch, length, channels)
-    dhistory = None if history is None else torch.zeros_like(history)
-    dtaps, dbias = torch.zeros_like(taps), taps.new_zeros(channels)
-    for rows in _row_blocks(x):
-        source, grad = x[rows], dy[rows]
-        if pre is not None:
-            grad = torch.ops.aten.silu_backward(grad, pre[rows])
-        dbias += grad.sum((0, 1))
-        torch.mul(grad, taps[-1], out=dx[rows])
-        dtaps[-1] += _channel_dot(grad, source)
-        for lag in range(1, len(taps)):
-            tap, head = taps[-1 - lag], min(lag, length)
-            later = grad[:, lag:]
-            dx[rows, : length - head].addcmul_(later, tap)
-            dtaps[-1 - lag] += _channel_dot(later, source[:, : length - head])
-            if history is not None and dhistory is not None:
-                span = slice(len(taps) - 1 - lag, len(taps) - 1 - lag + head)
-                dhistory[rows, span].addcmul_(grad[:, :head], tap)
-                dtaps[-1 - lag] += _channel_dot(grad[:, :head], history[rows, span])
-    return dx, dtaps, dbias, dhistory
-
-
-def _channel_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over batch and time of ``a * b``, (D,)."""
-    return (a * b).sum((0, 1))

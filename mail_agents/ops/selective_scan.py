@@ -15,6 +15,10 @@ backend         runs                                        gradients
 ==============  ==========================================  =====================================
 ``cuda``        CUDA tensors, float32 / float16 / bfloat16  first order; no h0, reset or gradient
                 with the official extension                 through the last state
+``native``      CPU, not float64, N up to 256; compiled     first order
+                on first use
+``numba``       CPU, not float64; where ``native`` cannot   first order
+                be compiled and numba is installed
 ``torch``       everywhere                                  first order
 ``reference``   everywhere, slow, readable                  any order, forward mode, torch.func
 ==============  ==========================================  =====================================
@@ -27,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mail_agents.ops import _scan_cuda
+from mail_agents.ops import _scan_cuda, _scan_native, _scan_numba
 from mail_agents.ops._opaque import opaque_scan, tracing
 from mail_agents.ops._scan_inputs import ScanInputs
-from mail_agents.ops._scan_torch import SelectiveScan
+from mail_agents.ops._scan_torch import SelectiveScan, prepare
 from mail_agents.ops.backends import (
+    NUMBA,
     SELECTIVE_SCAN_CUDA,
     Candidate,
     choose,
@@ -88,13 +93,11 @@ def selective_scan(
         *(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reset, return_state)
     )
     inputs.check()
-    if tracing(u) and h0 is None and reset is None and not return_state:
-        found = _traced(inputs, backend)
-        if found is not None:
-            return found
-    candidate = choose("selective_scan", _CANDIDATES, backend, inputs)
     with _no_autocast(u.device):
-        y, last = candidate.run(inputs)
+        if tracing(u) and u.numel() and A.numel():
+            y, last = opaque_scan(inputs, _work_dtype(inputs), backend)
+        else:
+            y, last = choose("selective_scan", _CANDIDATES, backend, inputs).run(inputs)
     return (y, last) if return_state else y
 
 
@@ -183,29 +186,9 @@ def _torch(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
     if inputs.u.numel() == 0 or inputs.A.numel() == 0:
         return _reference(inputs)
     work = _work_dtype(inputs)
-    dense = (t.to(work).contiguous() for t in inputs[:5])
-    D, z, bias, h0 = (
-        None if t is None else t.to(work)
-        for t in (inputs.D, inputs.z, inputs.delta_bias, inputs.h0)
-    )
-    y, last = SelectiveScan.apply(  # type: ignore[misc]
-        *(*dense, D, z, bias, inputs.delta_softplus, h0, inputs.reset, inputs.return_state)
-    )
-    return y.to(inputs.u.dtype), last
-
-
-def _traced(inputs: ScanInputs, backend: str) -> Tensor | None:
-    """The scan as one operation of a compiled graph, or None where that does not have it."""
-    D, z, bias = inputs.D, inputs.z, inputs.delta_bias
-    if D is None or z is None or bias is None or inputs.u.numel() == 0:
-        return None
-    work = _work_dtype(inputs)
-    with _no_autocast(inputs.u.device):
-        dense = [t.to(work).contiguous() for t in inputs[:5]]
-        rest = [t.to(work) for t in (D, z, bias)]
-        arguments: list[Any] = [*dense, *rest, inputs.delta_softplus, backend]
-        y = opaque_scan(*arguments)[0]
-        return y.to(inputs.u.dtype)
+    wide = (t.to(work) if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs)
+    y, last = SelectiveScan.apply(*prepare(ScanInputs(*wide)))  # type: ignore[misc]
+    return y.to(inputs.u.dtype), None if last is None else last.transpose(1, 2)
 
 
 def _refuse_cuda(inputs: ScanInputs) -> str | None:
@@ -215,6 +198,8 @@ def _refuse_cuda(inputs: ScanInputs) -> str | None:
 
 _CANDIDATES = (
     Candidate("cuda", _scan_cuda.run, _refuse_cuda, SELECTIVE_SCAN_CUDA),
+    Candidate("native", _scan_native.run, _scan_native.refuse),
+    Candidate("numba", _scan_numba.run, _scan_numba.refuse, NUMBA),
     Candidate("torch", _torch, refuse_torch_func),
     Candidate("reference", _reference, lambda _: None),
 )
