@@ -150,7 +150,7 @@ class MambaStack(nn.Module):
             raise unknown_name("state space mixer", mixer, SSM_MIXERS)
         kind = SSM_MIXERS[mixer]
         self.causal: bool = kind.causal
-        heads = {"headdim": headdim} if kind in (Mamba2, Hydra) else {}
+        heads: dict[str, Any] = {"headdim": headdim} if kind in (Mamba2, Hydra) else {}
         self.layers = nn.ModuleList(
             ResidualBlock(
                 nn.LayerNorm(d_model, eps=_EPS),
