@@ -1,6 +1,7 @@
 """Arguments of the state space duality op as one value, so that backends share a signature."""
 
-from typing import NamedTuple
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,3 +101,10 @@ def step_sizes(
     if not softplus or limit != UNLIMITED:
         sizes = sizes.clamp(low, high)
     return sizes.masked_fill(raw == -torch.inf, 0.0) if low > 0 else sizes
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The recurrence compounds rounding errors over time, so mixed precision stops here."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -11,13 +11,17 @@ speed. So the sum is taken in float64 and split as ``s = n + f``, ``n`` whole an
 differences of ``n`` are exact in float32, and ``2^f`` scales rows of x and y.
 """
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mail_agents.ops._ssd_inputs import no_autocast
 
 _LOG2E = math.log2(math.e)
 #: Exponents of one step are cut here: 2 to the power of less than -1075 is zero even in float64,
@@ -117,6 +121,18 @@ def _row_blocks(inputs: Inputs) -> list[slice]:
     return _split(batch, math.ceil(batch / max(1, rows)))
 
 
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps mixed precision out of a function, which a caller of backward may have switched on."""
+
+    @functools.wraps(function)
+    def run(inputs: Inputs, *args: Any) -> Any:
+        with no_autocast(inputs.x.device):
+            return function(inputs, *args)
+
+    return run
+
+
+@_exactly
 def ssd_forward(inputs: Inputs) -> Found:
     """The op without autograd."""
     batch, length, heads, head = inputs.x.shape
@@ -137,6 +153,7 @@ def ssd_forward(inputs: Inputs) -> Found:
     return Found(y, last, work.kept)
 
 
+@_exactly
 def ssd_backward(
     inputs: Inputs, kept: Kept, dy: Tensor | None, dlast: Tensor | None
 ) -> tuple[Tensor | None, ...]:

@@ -23,7 +23,6 @@ backend         runs                                        gradients
 ==============  ==========================================  =====================================
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from mail_agents.ops import _ssd_cuda
 from mail_agents.ops._opaque import tracing
-from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, step_sizes
+from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, no_autocast, step_sizes
 from mail_agents.ops._ssd_opaque import opaque_ssd
 from mail_agents.ops._ssd_torch import Inputs, StateSpaceDuality
 from mail_agents.ops.backends import (
@@ -97,7 +96,7 @@ def ssd(
         *(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, h0, reset, return_state)
     )
     inputs.check()
-    with _no_autocast(x.device):
+    with no_autocast(x.device):
         if tracing(x) and not _is_empty(inputs):
             y, last = _traced(inputs, backend)
         else:
@@ -136,7 +135,7 @@ def ssd_step(
     Returns:
         y (B, H, P) in the dtype of ``x``, and the new state (B, H, P, N) in the dtype of ``state``.
     """
-    with _no_autocast(x.device):
+    with no_autocast(x.device):
         work, (batch, heads, head, n), groups = state.dtype, state.shape, B.shape[1]
         u = x.to(work)
         size = step_sizes(dt.to(work), dt_bias, dt_softplus, dt_limit)
@@ -153,13 +152,6 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
     if D is not None:
         y = torch.addcmul(y, x, (D if D.dim() == 2 else D.unsqueeze(-1)).to(y.dtype))
     return y if z is None else y * F.silu(z.to(y.dtype))
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The recurrence compounds rounding errors over time, so mixed precision stops here."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _reference(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
