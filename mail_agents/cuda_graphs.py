@@ -85,8 +85,8 @@ class Graphs:
     ) -> Tensor:
         """Returns ``function(module, inputs, *state)``, by replaying a recording of it.
 
-        What cannot be recorded runs directly: anything with gradients or under autocast, a part of
-        a larger recording, and tensors that are not on a GPU.
+        What cannot be recorded runs directly: anything with gradients, a part of a larger
+        recording, and tensors that are not on a GPU.
 
         Args:
             function: Deterministic, without influence of values on what runs. Known again by its
@@ -98,15 +98,19 @@ class Graphs:
         Raises:
             InvalidInputError: The function does something that a graph cannot hold.
         """
-        if not self._recordable(inputs):
+        device = next(iter(inputs.values())).device.type
+        if not self._recordable(device):
             return function(module, inputs, *state)
+        casting = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # Sorted by name, so that the order of a dictionary makes no new recording.
         kinds = sorted((k, v.shape, v.dtype, v.device) for k, v in inputs.items())
-        key = (function, requested_backend(), *kinds)
+        key = (function, requested_backend(), casting, *kinds)
         addresses = (*_addresses(module), *(leaf.data_ptr() for leaf in _leaves(state)))
         graph = self._graphs.get(key)
         if graph is None or graph.addresses != addresses:
-            graph = self._new(function, module, inputs, state, addresses)
+            # Autocast may not hand out weights that it has cast outside of the recording.
+            cast = torch.autocast(device, casting, casting is not None, cache_enabled=False)
+            graph = self._new(cast(function), module, inputs, state, addresses)
             self._graphs[key] = graph
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
@@ -116,11 +120,8 @@ class Graphs:
         graph.replay()
         return graph.output.clone()
 
-    def _recordable(self, inputs: Mapping[str, Tensor]) -> bool:
+    def _recordable(self, device: str) -> bool:
         if torch.is_grad_enabled():
-            return False
-        device = next(iter(inputs.values())).device.type
-        if torch.is_autocast_enabled(device):
             return False
         if self._given is not None:
             return True

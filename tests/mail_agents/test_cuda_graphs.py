@@ -38,7 +38,7 @@ class Affine(nn.Module):
 
 
 def affine(module, inputs):
-    return module.inner(inputs["x"]) + module.shift + inputs.get("y", 0.0)
+    return module.inner(inputs["x"] + inputs.get("y", 0.0) + module.shift)
 
 
 def accumulate(module, inputs, state):
@@ -181,11 +181,21 @@ def test_inference_mode_and_its_absence_share_a_recording(net, tape, graphs):
     assert tape.recordings == 1
 
 
+def test_autocast_is_recorded_as_it_is(net, tape, graphs):
+    for recordings, casting in ((1, True), (2, False), (2, True)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=casting):
+            found = graphs(affine, net, x())
+            assert torch.equal(found, affine(net, x()))
+            assert (found == found.bfloat16()).all() == casting
+        assert tape.recordings == recordings
+    net.inner.weight.mul_(2.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(graphs(affine, net, x()), affine(net, x()))
+
+
 def test_what_cannot_be_recorded_runs_directly(net, tape, graphs):
     with torch.enable_grad():
         assert graphs(affine, net, x()).requires_grad
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        graphs(affine, net, x())
     assert tape.recordings == 0
     on_cpu = Graphs()
     assert torch.equal(on_cpu(affine, net, x()), affine(net, x()))
