@@ -307,7 +307,8 @@ class _Gradients:
         batch, length, heads, head = inputs.x.shape
         groups, n = inputs.B.shape[2:]
         self.x = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
-        self.B, self.C = self.x.new_empty(2, batch * groups, length, n)
+        # Not halves of one tensor: what an operation returns to the compiler must not be views.
+        self.B, self.C = (self.x.new_empty(batch * groups, length, n) for _ in range(2))
         self.pushed, self.sums = self.x.new_empty(2, batch, heads, length, dtype=torch.double)
         self.D = None if inputs.D is None else self.x.new_zeros(heads, head)
         self.h0 = None if inputs.h0 is None else self.x.new_empty(inputs.h0.shape)
