@@ -252,15 +252,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         state = "[green]works[/green]" if row["ok"] else f"[red]{escape(row['problem'])}[/red]"
         table.add_row(row["name"], row["version"] or "", row["gives"], state)
     console.print(table)
-    kernels = Table(title="kernels, in the order in which they are tried", title_justify="left")
-    for column in ("operation", "backend", "state"):
-        kernels.add_column(column, overflow="fold")
-    for row in report["kernels"]:
-        reason = f"[yellow]{escape(row['reason'])}[/yellow]"
-        kernels.add_row(
-            row["op"], row["name"], "[green]works[/green]" if row["available"] else reason
-        )
-    console.print(kernels)
+    _print_kernels(report["kernels"], console)
     if rendering["ok"]:
         console.print(f"rendering: works with MUJOCO_GL={rendering['backend']}")
     else:
@@ -279,6 +271,23 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print("\nthe core works" if report["ok"] else "\n[red]the core is broken[/red]")
 
 
+def _print_kernels(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="kernels, in the order in which they are tried", title_justify="left")
+    for column in ("operation", "backend", "'auto' takes it for", "state"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        reason = f"[yellow]{escape(row['reason'])}[/yellow]"
+        state = "[green]works[/green]" if row["available"] else reason
+        table.add_row(row["op"], row["name"], ", ".join(row["auto"]), state)
+    console.print(table)
+    forced = os.environ.get("MAIL_AGENTS_BACKEND")
+    if forced:
+        console.print(escape(f"MAIL_AGENTS_BACKEND={forced} is set: it replaces 'auto'"))
+    for library in dict.fromkeys(row["versions"].get("library") for row in rows):
+        if library:
+            console.print(escape(f"native kernels: {library}"), soft_wrap=True)
+
+
 def _repairs(report: dict[str, Any]) -> dict[str, str]:
     fixes: dict[str, list[str]] = {}
     for row in report["packages"]:
@@ -286,7 +295,8 @@ def _repairs(report: dict[str, Any]) -> dict[str, str]:
             fixes.setdefault(row["fix"], []).append(row["name"])
     for row in report["kernels"]:
         if row["fix"]:
-            fixes.setdefault(row["fix"], []).append(f"{row['op']} on a GPU")
+            where = "GPU" if row["name"] == "cuda" else "CPU"
+            fixes.setdefault(row["fix"], []).append(f"{row['op']} on a {where}")
     if report["rendering"]["fix"]:
         fixes.setdefault(report["rendering"]["fix"], []).append("rendering")
     return {", ".join(dict.fromkeys(names)): fix for fix, names in fixes.items()}

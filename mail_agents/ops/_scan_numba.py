@@ -44,6 +44,7 @@ def run(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
         *(single(tensor) for tensor in (*inputs[:8], inputs.h0)),
         inputs.reset,
         inputs.delta_softplus,
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors()),
     )
     return y.to(inputs.u.dtype), last if inputs.return_state else None
 
@@ -69,10 +70,10 @@ class _NumbaScan(torch.autograd.Function):
         h0: Tensor | None,
         reset: Tensor | None,
         softplus: bool,
+        differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
         kernels = _kernels()
         (batch, length, width), n = u.shape, A.shape[1]
-        differentiable = any(ctx.needs_input_grad)
         chunks = max(0, length - 1) // kernels.CHUNK if differentiable else 0
         kept = u.new_empty(chunks, batch, n, width)
         out, last = u.new_empty(batch, length, width), u.new_empty(batch, n, width)
@@ -128,7 +129,7 @@ class _NumbaScan(torch.autograd.Function):
             None if z is None else dz,
             None if bias is None else dbias.sum(0),
             None if h0 is None else dh0.transpose(1, 2),
-            *(None, None),
+            *(None, None, None),
         )
 
 

@@ -89,7 +89,7 @@ def _exp2(x: Any) -> Any:
     bits = np.float32(shifted).view(np.int32)
     scale = np.int32((bits + _BIAS) << np.int32(23)).view(np.float32)
     p = _P0 + f * (_P1 + f * (_P2 + f * (_P3 + f * _P4)))
-    return _ZERO if x < _MIN_EXPONENT else scale + scale * (f * p)
+    return _ZERO if x < _MIN_EXPONENT else scale * (_ONE + f * p)
 
 
 @_jit()

@@ -281,12 +281,26 @@ def test_doctor(quick_doctor, capsys, monkeypatch):
 def test_doctor_prints_every_repair(quick_doctor, monkeypatch, capsys):
     report = doctor.run_doctor()
     report["plugins"]["problems"] = {"cool": "ImportError: no [cool]"}
+    report["kernels"] = [
+        {
+            **{"op": "scan", "name": name, "available": not reason, "reason": reason},
+            **{"versions": {"library": library}, "fix": fix, "auto": auto},
+        }
+        for name, reason, library, fix, auto in (
+            ("cuda", "no GPU", None, "pip install kernels", []),
+            ("native", "no compiler", None, "apt-get install g++", []),
+            ("torch", "", "/cache/abc.so", "", ["cpu"]),
+        )
+    ]
+    monkeypatch.setenv("MAIL_AGENTS_BACKEND", "torch")
     report["torch"].update(cuda_build=None, nvidia_smi="/usr/bin/nvidia-smi")
     doctor.print_report(report, Console(width=200))
     text = capsys.readouterr().out
     for wanted in (
         "pip install magic", "apt-get install libegl1", "worlds run without images",
         "plugin cool failed: ImportError: no [cool]", "reinstall torch", "the core works",
+        "no compiler", "scan on a CPU:\n    apt-get install g++", "native kernels: /cache/abc.so",
+        "scan on a GPU:\n    pip install kernels", "MAIL_AGENTS_BACKEND=torch is set",
     ):  # fmt: skip
         assert wanted in text, wanted
     report["torch"].update(cuda_build="13.0", cuda_available=False)
