@@ -18,7 +18,7 @@ bidirectional Mamba or Hydra in place of Mamba: the decoder's mixer decides how 
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +205,7 @@ class MailBackbone(nn.Module):
         nn.init.zeros_(self.positions.weight)
 
 
-def _stack(config: StackConfig, width: int, max_len: int, *, cross: bool) -> nn.Module:
+def _stack(config: StackConfig, width: int, max_len: int, *, cross: bool) -> Any:
     if config.mixer == "attention":
         return TransformerStack(
             width, config.layers, config.heads, config.dropout, max_len=max_len, cross=cross
