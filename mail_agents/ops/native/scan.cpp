@@ -97,9 +97,15 @@ struct Block {
     int64_t n = valid - v * LANES;
     return n <= 0 ? vf{} : load_part(p + v * LANES, n);
   }
-  vf part(const Sequence& x, int64_t t, int v) const { return part(at(x, b, t) + first, v); }
+  // Rows lie far apart in memory: what the next block needs of them is fetched meanwhile.
+  vf part_of_row(const float* p, int v) const {
+    __builtin_prefetch(p + WIDTH + v * LANES);
+    return part(p, v);
+  }
+  vf part(const Sequence& x, int64_t t, int v) const { return part_of_row(at(x, b, t) + first, v); }
   void put(float* p, vf x, int v) const {
     int64_t n = valid - v * LANES;
+    __builtin_prefetch(p + WIDTH + v * LANES, 1);
     if (n > 0) store_part(p + v * LANES, x, n);
   }
   /// Row of a contiguous (batch, length, channels) tensor.
@@ -314,7 +320,7 @@ void gate_backward(const Block& k, const Steps& steps, Rows& dy, float* total) {
       int64_t t = steps.start + i;
       vf cotangent = s.dout.data ? k.part(s.dout, t, v) : vf{};
       if (s.z.data) {
-        vf z = k.part(s.z, t, v), gate = sigmoidv(z), y = k.part(k.row(s.ungated, t), v);
+        vf z = k.part(s.z, t, v), gate = sigmoidv(z), y = k.part_of_row(k.row(s.ungated, t), v);
         k.put(k.row(s.dz, t), cotangent * y * gate * fma(z, 1.0f - gate, splat(1.0f)), v);
         cotangent *= z * gate;
       }
