@@ -160,14 +160,13 @@ def ssd_backward(
     """Gradients of x, dt, A, B, C, D and h0 from the cotangents of y and the last state."""
     parts, starts = chunks(inputs.x.shape[1]), [inputs.h0, *kept.states.unbind(0)]
     work, grads = _Workspace(inputs, kept), _Gradients(inputs)
-    if dy is None:
-        dy = torch.zeros_like(inputs.x)
+    cotangent = torch.zeros_like(inputs.x) if dy is None else dy
     for rows in _row_blocks(inputs):
         back = None if dlast is None else dlast[rows]
         for time, start in zip(reversed(parts), reversed(starts), strict=True):
             chunk = _Chunk(work, rows, time)
             state = None if start is None else start[rows]
-            back = _Backward(chunk, grads, dy[rows, time]).run(state, back)
+            back = _Backward(chunk, grads, cotangent[rows, time]).run(state, back)
         if grads.h0 is not None and back is not None:
             grads.h0[rows] = back
     return grads.finish(work, parts)
