@@ -66,7 +66,7 @@ def test_wheel_holds_every_module_and_data_file(wheel):
     }
     for package, base in folders.items():
         for path in (base / package).rglob("*"):
-            if path.suffix in (".py", ".json", ".css"):
+            if path.suffix in (".py", ".json", ".css", ".cpp", ".h"):
                 assert path.relative_to(base).as_posix() in packed
 
 
