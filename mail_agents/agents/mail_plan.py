@@ -61,6 +61,7 @@ class Denoiser:
             return net(features, noisy)
         net.check(features, noisy, step)
         if step not in self._ahead:
+            self._ahead.clear()  # before others take memory
             self._ahead = self._compute(step)
         before, state, given = self._ahead[step]
         tokens = net.action_tokens(noisy, *features.shape[:2])

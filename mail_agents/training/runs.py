@@ -68,7 +68,7 @@ class RunArguments:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward pass (bfloat16 by autocast)."""
     compile: bool = False
-    """Compile the policy's training pass."""
+    """Compile the policy's training pass; on a GPU, record acting as CUDA graphs."""
     resume: str | None = None
     """Run directory to continue; all other settings are taken from it."""
 

@@ -447,6 +447,30 @@ def test_act_is_inference_and_restores_the_mode(training):
     assert not torch.is_inference_mode_enabled()
 
 
+def test_modules_are_told_the_mode_only_where_it_changes(monkeypatch):
+    """It takes longer than a step of a small network."""
+    agent, told = probe(), []
+    monkeypatch.setattr(agent.policy, "train", lambda mode=True: told.append(mode))
+    agent.policy.training = False
+    agent.reset()
+    agent.act(obs(0))
+    assert told == []
+    agent.policy.training = True
+    agent.reset()
+    agent.act(obs(0))
+    assert told == [False, True]
+
+
+def test_an_evaluation_changes_the_mode_once():
+    agent = probe()
+    agent.reset()
+    with agent.planning_alike():
+        assert not agent.policy.training
+        agent.act(obs(0))
+        assert not agent.policy.training
+    assert agent.policy.training
+
+
 def test_the_average_acts_where_there_is_one():
     agent = probe(ema_decay=0.9)
     assert agent.acting_policy is not agent.policy

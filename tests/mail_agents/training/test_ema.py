@@ -72,3 +72,9 @@ def test_state_survives_a_round_trip():
 def test_bad_decay_is_refused():
     with pytest.raises(InvalidInputError, match=r"\[0, 1\)"):
         EMA(nn.Linear(1, 1), 1.0)
+
+
+def test_the_average_is_there_to_act():
+    ema = EMA(nn.Linear(1, 1), 0.9)
+    assert not ema.module.training
+    assert not any(p.requires_grad for p in ema.module.parameters())

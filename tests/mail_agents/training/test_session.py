@@ -9,6 +9,7 @@ from toybox.sequence import SequenceAgent, SequenceConfig
 from toybox.world import ENV_ID, demonstrations
 
 import mail_agents
+from mail_agents.agents.mail import MailPolicy
 from mail_agents.agents.mail_config import MailConfig
 from mail_agents.data.dataset import MemoryDataset
 from mail_agents.data.references import Reference
@@ -22,6 +23,7 @@ from mail_agents.training.runs import RunArguments
 from mail_agents.training.session import (
     evaluator,
     open_agent,
+    open_run,
     start_training,
     summarise_run,
     validation_loss,
@@ -298,3 +300,15 @@ def test_what_is_kept_is_only_what_there_is(tmp_path):
     agent.configure_optim(4)
     save_checkpoint(tmp_path, 1, agent, {})
     assert "is intact" in what_is_kept(tmp_path)
+
+
+def test_all_networks_of_a_compiled_run_are_compiled(tmp_path, monkeypatch):
+    """Training compiles the network that trains, acting the average that acts."""
+    asked = []
+    monkeypatch.setattr(MailPolicy, "compile", lambda policy: asked.append(policy))
+    config = mail_agents.spec("mail/d-tr-ddpm").config({**SMALL, "optim.batch_size": 2})
+    run = str(tmp_path / "run")
+    arguments = RunArguments("mail/d-tr-ddpm", config, output=run, device="cpu", compile=True)
+    agent = open_run(arguments, DATASET).agent
+    assert asked == agent.policies()
+    assert len(asked) == 2
