@@ -44,7 +44,7 @@ State = tuple[Tensor, Tensor]
 
 
 class LayerStack:
-    """The layers as the kernel sees them: addresses of parameters, which the caller keeps valid.
+    """The layers as the kernel sees them: addresses of parameters, which must not change.
 
     Args:
         layers: Parameters; shapes are the same in all layers.
@@ -62,7 +62,7 @@ class LayerStack:
         self.d_inner, self.d_state = first.A_log.shape
         self.d_conv = first.conv_weight.shape[-1]
         self.d_model, rank = first.in_weight.shape[1], first.dt_weight.shape[1]
-        self.layers, self._eps = len(layers), eps
+        self.layers, self._eps, self._alive = len(layers), eps, (layers, last_norm)
         self._shape = (self.d_model, self.d_inner, self.d_state, self.d_conv, rank)
         self._residual = int(first.norm_weight is not None)
         self._weights = array("q", [_address(part) for layer in layers for part in layer])

@@ -48,6 +48,10 @@ struct NewState {
 struct Sizes {
   int64_t layers, batch, length, model, inner, n, taps, rank, residual;
   int64_t selected() const { return rank + 2 * n; }
+  /// Floats between tokens in scratch memory: not a power of two, or they meet in a cache set.
+  static int64_t apart(int64_t width) { return (width + LINE - 1) / LINE * LINE + LINE; }
+  int64_t projected_step() const { return apart(2 * inner); }
+  int64_t u_step() const { return apart(inner); }
   int64_t history() const { return (taps - 1) * inner; }
   int64_t ssm() const { return n * inner; }
   int64_t steps() const { return length < TOKENS ? length : TOKENS; }
@@ -59,22 +63,24 @@ struct Sizes {
 
 /// Memory of one thread, of which every part begins a cache line.
 struct Scratch {
-  float *normed, *projected, *u, *selected, *decay, *dt_weight, *h, *carried;
+  float *normed, *projected, *u, *selected, *decay, *dt_weight, *taps, *h, *carried;
   int64_t floats;
 
   Scratch(const Sizes& s, int64_t threads, float* memory) : floats(0) {
     int64_t tokens = s.rows(threads) * s.steps(), block = WIDTH * LANES;
+    int64_t channels = (s.inner + block - 1) / block * block;
     auto take = [&](int64_t count) {
       float* found = memory + floats;
       floats += (count + LINE - 1) / LINE * LINE;
       return found;
     };
     normed = take(tokens * s.model);
-    projected = take(tokens * 2 * s.inner);
-    u = take(tokens * s.inner);
+    projected = take(tokens * s.projected_step());
+    u = take(tokens * s.u_step());
     selected = take(tokens * s.selected());
-    decay = take(s.n * block);
-    dt_weight = take((s.rank > s.taps ? s.rank : s.taps) * block);
+    decay = take(s.n * channels);
+    dt_weight = take(s.rank * channels);
+    taps = take(s.taps * channels);
     h = take(s.n * block);
     carried = take(s.length > TOKENS ? s.layers * (s.history() + s.ssm()) : 0);
   }
@@ -109,46 +115,64 @@ void normalise(const float* x, const float* weight, const float* bias, int64_t s
   }
 }
 
-/// Convolution and SiLU of the channels from c on (at most LANES) of one row, and its new history.
-void convolve(const Sizes& s, const Layer& p, int64_t c, const float* taps, const float* old,
-              int64_t old_step, int64_t steps, const float* x, float* u, float* history) {
-  int64_t left = s.inner - c, past = s.taps - 1;
-  vf bias = p.conv_bias ? load_part(p.conv_bias + c, left) : vf{};
-  auto input = [&](int64_t t) {
-    if (t >= 0) return load_part(x + t * 2 * s.inner + c, left);
-    return old ? load_part(old + (t + past) * old_step + c, left) : vf{};
-  };
-  for (int64_t t = 0; t < steps; t++) {
-    vf y = bias;
-    for (int64_t k = 0; k < s.taps; k++) y += load(taps + k * LANES) * input(t - past + k);
-    store_part(u + t * s.inner + c, siluv(y), left);
+/// Filters of the convolution, transposed so that neighbours are channels.
+void transpose_taps(const Sizes& s, const Layer& p, float* taps) {
+  for (int64_t c = 0; c < s.inner; c += LANES) {
+    int64_t left = s.inner - c < LANES ? s.inner - c : LANES;
+    load_columns(p.conv_weight + c * s.taps, s.taps, left, s.taps,
+                 p.conv_weight + s.inner * s.taps, taps + c * s.taps, LANES);
   }
-  if (history)  // may be `old` itself: every element is read before it is overwritten
-    for (int64_t k = 0; k < past; k++)
-      store_part(history + k * s.inner + c, input(steps - past + k), left);
 }
 
-/// Parameters of WIDTH vectors of channels, transposed so that neighbours are channels.
+/// Convolution and SiLU of one row, and its new history (which may be the old one).
+void convolve(const Sizes& s, const Layer& p, const float* taps, const float* old,
+              int64_t old_step, int64_t steps, const float* x, float* u, float* history) {
+  int64_t past = s.taps - 1;
+  for (int64_t c = 0; c < s.inner; c += LANES, taps += s.taps * LANES) {
+    int64_t left = s.inner - c;
+    vf bias = p.conv_bias ? load_part(p.conv_bias + c, left) : vf{};
+    auto input = [&](int64_t t) {
+      if (t >= 0) return load_part(x + t * s.projected_step() + c, left);
+      return old ? load_part(old + (t + past) * old_step + c, left) : vf{};
+    };
+    for (int64_t t = 0; t < steps; t++) {
+      vf y = bias;
+      for (int64_t k = 0; k < s.taps; k++) y += load(taps + k * LANES) * input(t - past + k);
+      store_part(u + t * s.u_step() + c, siluv(y), left);
+    }
+    if (history)  // every element is read before it is overwritten
+      for (int64_t k = 0; k < past; k++)
+        store_part(history + k * s.inner + c, input(steps - past + k), left);
+  }
+}
+
+/// V vectors of channels from `first` on, and their parameters so that neighbours are channels.
 template <int V>
 struct Channels {
   int64_t first, left[V];
   vf dt_bias[V], D[V];
+  float *decay, *dt_weight;  // (n, channel), (rank, channel)
 
-  Channels(const Sizes& s, const Layer& p, const Scratch& m, int64_t c) : first(c) {
+  Channels(const Sizes& s, const Layer& p, const Scratch& m, int64_t c)
+      : first(c), decay(m.decay + c * s.n), dt_weight(m.dt_weight + c * s.rank) {
+#pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
       int64_t at = c + v * LANES, rest = s.inner - at;
       left[v] = rest < LANES ? rest : LANES;
       dt_bias[v] = load_part(p.dt_bias + at, left[v]);
       D[v] = load_part(p.D + at, left[v]);
+    }
+  }
+
+  /// Once per layer.
+  void transpose_parameters(const Sizes& s, const Layer& p) const {
+    for (int v = 0; v < V; v++) {
+      int64_t at = first + v * LANES;
       load_columns(p.dt_weight + at * s.rank, s.rank, left[v], s.rank,
-                   p.dt_weight + s.inner * s.rank, m.dt_weight + v * LANES, V * LANES);
-      float* decay = m.decay + v * LANES;
-      load_columns(p.A_log + at * s.n, s.n, left[v], s.n, p.A_log + s.inner * s.n, decay,
-                   V * LANES);
-      for (int64_t n = 0; n < s.n; n++) {
-        float* a = decay + n * V * LANES;
-        store(a, expv(load(a)) * -LOG2E);
-      }
+                   p.dt_weight + s.inner * s.rank, dt_weight + v * LANES, V * LANES);
+      float* a = decay + v * LANES;
+      load_columns(p.A_log + at * s.n, s.n, left[v], s.n, p.A_log + s.inner * s.n, a, V * LANES);
+      for (int64_t n = 0; n < s.n; n++, a += V * LANES) store(a, expv(load(a)) * -LOG2E);
     }
   }
 };
@@ -170,7 +194,7 @@ void load_state(const Sizes& s, const Channels<V>& c, const State& from, int64_t
 
 /// Step sizes, recurrence, skip and gate of some channels of one row, in place of u.
 template <int V>
-void scan(const Sizes& s, const Channels<V>& c, const Scratch& m, int64_t steps,
+void scan(const Sizes& s, const Channels<V>& c, float* state, int64_t steps,
           const float* selected, const float* z, float* u) {
   for (int64_t t = 0; t < steps; t++) {
     const float *B = selected + s.rank, *C = B + s.n;
@@ -182,7 +206,8 @@ void scan(const Sizes& s, const Channels<V>& c, const Scratch& m, int64_t steps,
     }
     for (int64_t r = 0; r < s.rank; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v++) dt[v] += splat(selected[r]) * load(m.dt_weight + (r * V + v) * LANES);
+      for (int v = 0; v < V; v++)
+        dt[v] += splat(selected[r]) * load(c.dt_weight + (r * V + v) * LANES);
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
       dt[v] = softplusv(dt[v]);
@@ -193,8 +218,8 @@ void scan(const Sizes& s, const Channels<V>& c, const Scratch& m, int64_t steps,
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
         int64_t at = (n * V + v) * LANES;
-        vf h = exp2v(dt[v] * load(m.decay + at)) * load(m.h + at) + input[v] * splat(B[n]);
-        store(m.h + at, h);
+        vf h = exp2v(dt[v] * load(c.decay + at)) * load(state + at) + input[v] * splat(B[n]);
+        store(state + at, h);
         y[v] += h * splat(C[n]);
       }
 #pragma GCC unroll 4
@@ -203,54 +228,54 @@ void scan(const Sizes& s, const Channels<V>& c, const Scratch& m, int64_t steps,
       store_part(u + c.first + v * LANES, (y[v] + c.D[v] * x[v]) * gate, c.left[v]);
     }
     selected += s.selected();
-    z += 2 * s.inner;
-    u += s.inner;
+    z += s.projected_step();
+    u += s.u_step();
   }
 }
 
+/// scan() for some channels of one row, from a state to a state.
 template <int V>
-void scan_channels(const Sizes& s, const Layer& p, const Scratch& m, const Piece& piece,
-                   const State& old, const NewState& next, int64_t first) {
-  Channels<V> c(s, p, m, first);
-  for (int64_t r = 0; r < piece.rows; r++) {
-    int64_t token = r * piece.steps;
-    load_state(s, c, old, piece.row + r, m.h);
-    scan<V>(s, c, m, piece.steps, m.selected + token * s.selected(),
-            m.projected + token * 2 * s.inner + s.inner, m.u + token * s.inner);
-    if (!next.ssm) continue;
+void scan_channels(const Sizes& s, const Channels<V>& c, const Scratch& m, const Piece& piece,
+                   int64_t r, const State& old, const NewState& next) {
+  int64_t token = r * piece.steps;
+  load_state(s, c, old, piece.row + r, m.h);
+  scan<V>(s, c, m.h, piece.steps, m.selected + token * s.selected(),
+          m.projected + token * s.projected_step() + s.inner, m.u + token * s.u_step());
+  if (next.ssm)
     for (int64_t n = 0; n < s.n; n++)
       for (int v = 0; v < V; v++)
-        store_part(next.ssm + (r * s.n + n) * s.inner + first + v * LANES,
+        store_part(next.ssm + (r * s.n + n) * s.inner + c.first + v * LANES,
                    load(m.h + (n * V + v) * LANES), c.left[v]);
-  }
+}
+
+/// Calls visit with Channels for all channels.
+template <typename Visit>
+void all_channels(const Sizes& s, const Layer& p, const Scratch& m, Visit visit) {
+  int64_t c = 0;
+  for (; c + WIDTH * LANES <= s.inner; c += WIDTH * LANES) visit(Channels<WIDTH>(s, p, m, c));
+  for (; c < s.inner; c += LANES) visit(Channels<1>(s, p, m, c));
 }
 
 /// One layer for one piece; `x` is the input of the mixer and `out` takes its output.
 void run_layer(const Sizes& s, const Layer& p, const Scratch& m, const Piece& piece,
                const float* x, float* out, const State& old, const NewState& next) {
   int64_t tokens = piece.tokens();
-  multiply({x, s.model, p.in_weight, 2 * s.inner, s.model, p.in_bias, m.projected, 2 * s.inner,
+  multiply({x, s.model, p.in_weight, 2 * s.inner, s.model, p.in_bias, m.projected,
+            s.projected_step(), false},
+           tokens);
+  transpose_taps(s, p, m.taps);
+  for (int64_t r = 0; r < piece.rows; r++)
+    convolve(s, p, m.taps, old.history ? old.history + (piece.row + r) * old.history_row : nullptr,
+             old.history_step, piece.steps, m.projected + r * piece.steps * s.projected_step(),
+             m.u + r * piece.steps * s.u_step(),
+             next.history ? next.history + r * s.history() : nullptr);
+  multiply({m.u, s.u_step(), p.x_weight, s.selected(), s.inner, nullptr, m.selected, s.selected(),
             false},
            tokens);
-  for (int64_t c = 0; c < s.inner; c += LANES) {
-    int64_t left = s.inner - c < LANES ? s.inner - c : LANES;
-    load_columns(p.conv_weight + c * s.taps, s.taps, left, s.taps,
-                 p.conv_weight + s.inner * s.taps, m.dt_weight, LANES);
-    for (int64_t r = 0; r < piece.rows; r++)
-      convolve(s, p, c, m.dt_weight,
-               old.history ? old.history + (piece.row + r) * old.history_row : nullptr,
-               old.history_step, piece.steps, m.projected + r * piece.steps * 2 * s.inner,
-               m.u + r * piece.steps * s.inner,
-               next.history ? next.history + r * s.history() : nullptr);
-  }
-  multiply({m.u, s.inner, p.x_weight, s.selected(), s.inner, nullptr, m.selected, s.selected(),
-            false},
-           tokens);
-  int64_t c = 0;
-  for (; c + WIDTH * LANES <= s.inner; c += WIDTH * LANES)
-    scan_channels<WIDTH>(s, p, m, piece, old, next, c);
-  for (; c < s.inner; c += LANES) scan_channels<1>(s, p, m, piece, old, next, c);
-  multiply({m.u, s.inner, p.out_weight, s.model, s.inner, p.out_bias, out, s.model,
+  all_channels(s, p, m, [&](const auto& c) { c.transpose_parameters(s, p); });
+  for (int64_t r = 0; r < piece.rows; r++)
+    all_channels(s, p, m, [&](const auto& c) { scan_channels(s, c, m, piece, r, old, next); });
+  multiply({m.u, s.u_step(), p.out_weight, s.model, s.inner, p.out_bias, out, s.model,
             s.residual != 0},
            tokens);
 }
