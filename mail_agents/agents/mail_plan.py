@@ -5,6 +5,9 @@ are the last tokens of :class:`~mail_agents.agents.mail_backbone.MailBackbone`, 
 what precedes the actions in a causal decoder, can be computed for many diffusion steps at once, as
 further rows of one batch. A denoising step then runs the action tokens alone, from the state that
 the tokens before them have left.
+
+On a GPU the decoder sees the tokens before the actions anew: there tokens cost next to nothing and
+kernels do, and going on from a state takes more of them.
 """
 
 from typing import Any, NamedTuple
@@ -23,8 +26,8 @@ class _Ahead(NamedTuple):
     """What the decoder needs besides the action tokens, for some rows.
 
     Attributes:
-        before: Tokens before them that the decoder has still to see, or None.
-        state: State of the decoder, or None for one that is not causal.
+        before: Tokens before them that the decoder is still to see, or None.
+        state: State of the decoder after all others, or None.
         given: See :class:`~mail_agents.agents.mail_backbone.Context`, for the tokens still to come.
     """
 
@@ -78,7 +81,8 @@ class Denoiser:
         rows = len(self._features)
         count = min(last + 1, max(1, ROWS_AHEAD // rows))
         first = last + 1 - count
-        t = torch.arange(first, last + 1, device=self._features.device).repeat_interleave(rows)
+        steps = torch.arange(first, last + 1, device=self._features.device)
+        t = steps.unsqueeze(1).expand(count, rows).flatten()
         lead = self._backbone.lead_tokens(self._features.repeat(count, 1, 1), t)
         return dict(enumerate(_split(self._before_actions(lead), count), start=first))
 
@@ -86,14 +90,18 @@ class Denoiser:
         """Runs everything but the action tokens."""
         net = self._backbone
         before, given = net.context(lead)
-        if not net.decoder.causal:
-            return _Ahead(before, None, given)
         if before is None:
             return _Ahead(None, net.decoder.init_state(len(lead), **given), {})
+        if not (net.decoder.causal and _tokens_cost(lead)):
+            return _Ahead(before, None, given)
         seen = {name: value[:, : before.shape[1]] for name, value in given.items()}
         _, state = net.decoder.prefill(before, **seen)
         coming = {name: value[:, before.shape[1] :] for name, value in given.items()}
         return _Ahead(None, state, coming)
+
+
+def _tokens_cost(tokens: Tensor) -> bool:
+    return tokens.device.type != "cuda"
 
 
 def _split(tree: Any, parts: int) -> list[Any]:

@@ -136,6 +136,16 @@ def test_every_pair_of_mixers(encoder, decoder):
     check(p, batch(rows=1, history=2))
 
 
+@pytest.mark.parametrize("decoder", ["mamba", "attention"])
+@pytest.mark.parametrize("encoder", [None, "mamba"])
+def test_decoders_that_see_everything_anew(monkeypatch, encoder, decoder):
+    monkeypatch.setattr(mail_plan, "_tokens_cost", lambda _: False)  # as on a GPU
+    p = policy(mixers_config(encoder, decoder))
+    if p.backbone.aligned or encoder is None:
+        p.backbone.decoder.prefill = None  # not called
+    check(p, batch())
+
+
 @pytest.mark.parametrize("decoder", ["mamba", "bimamba", "attention"])
 def test_language_and_images(decoder):
     check(policy(mixers_config("mamba", decoder, language="hash")), batch())
