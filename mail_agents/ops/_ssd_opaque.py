@@ -1,7 +1,7 @@
 """State space duality on CPU as one operation that ``torch.compile`` does not look into.
 
 Only traced code calls it. Which backend runs is decided, and recorded, at every call and not when
-code is traced; only ``torch`` can.
+code is traced; ``native`` and ``torch`` can.
 """
 
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mail_agents.ops import _ssd_native
+from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs
 from mail_agents.ops._ssd_torch import Inputs, Kept, chunks, ssd_backward, ssd_forward
 from mail_agents.ops.backends import Candidate, choose
 
@@ -20,19 +22,27 @@ def opaque_ssd(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | None]:
     return y, last if inputs.want_state else None
 
 
-def _check_backend(backend: str) -> None:
+def _chosen(inputs: Inputs, backend: str) -> str:
+    """Name of the backend that runs, ``native`` or ``torch``."""
+
     def refuse(_: Any) -> str:
         return "it cannot be compiled, leave out --compile or policy.compile()"
+
+    def refuse_native(_: Any) -> str | None:
+        # Of step sizes only those are known that softplus, bias and limits have made.
+        rest = (None, None, True, UNLIMITED, inputs.h0, inputs.reset, inputs.want_state)
+        return _ssd_native.refuse(SsdInputs(*inputs[:6], *rest))
 
     def run(_: Any) -> None:
         """Stands for backends that run here without their autograd functions."""
 
     candidates = (
         Candidate("cuda", run, lambda _: "its kernels need tensors on a CUDA device"),
+        Candidate("native", run, refuse_native),
         Candidate("torch", run, lambda _: None),
         Candidate("reference", run, refuse),
     )
-    choose("ssd", candidates, backend, None)
+    return choose("ssd", candidates, backend, None).name
 
 
 @torch.library.custom_op("mail_agents::ssd", mutates_args=())
@@ -48,17 +58,28 @@ def _ssd(
     exact_zero: bool,
     want_state: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :class:`~mail_agents.ops._ssd_torch.Inputs`.
 
     Returns:
-        y, the last state (no elements unless wanted) and the three tensors of
-        :class:`~mail_agents.ops._ssd_torch.Kept`.
+        y, the last state (no elements unless wanted), the three tensors of
+        :class:`~mail_agents.ops._ssd_torch.Kept`, and 1 where ``native`` ran, else 0.
     """
-    _check_backend(backend)
     inputs = Inputs(x, dt, A, B, C, D, h0, reset, exact_zero, want_state)
+    if _chosen(inputs, backend) == "native":
+        _, last, *kept = _results(inputs)
+        return _ssd_native.forward(inputs), last, *kept, torch.tensor(1)
     y, last, kept = ssd_forward(inputs)
-    return y, y.new_empty(0) if last is None else last, *kept
+    return y, y.new_empty(0) if last is None else last, *kept, torch.tensor(0)
+
+
+def _results(inputs: Inputs) -> list[Tensor]:
+    """Memory for y, the last state and what is kept; zeros in what ``native`` leaves as it is."""
+    batch, length, heads, head = inputs.x.shape
+    state, new = (batch, heads, head, inputs.B.shape[3]), inputs.x.new_empty
+    last = new(state if inputs.want_state else 0)
+    scales = [inputs.x.new_zeros(batch, heads, length) for _ in range(2)]
+    return [new(inputs.x.shape), last, *scales, new(len(chunks(length)) - 1, *state)]
 
 
 @torch.library.custom_op("mail_agents::ssd_backward", mutates_args=())
@@ -76,12 +97,16 @@ def _gradients(
     whole: Tensor,
     up: Tensor,
     states: Tensor,
+    native: Tensor,
     dy: Tensor,
     dlast: Tensor,
 ) -> list[Tensor]:
     """Gradients of x, dt, A, B, C, and of D and h0 where they are there."""
     inputs = Inputs(x, dt, A, B, C, D, h0, reset, exact_zero, want_state)
-    found = ssd_backward(inputs, Kept(whole, up, states), dy, dlast if want_state else None)
+    if native.item():
+        found = _ssd_native.backward(inputs, dy)
+    else:
+        found = ssd_backward(inputs, Kept(whole, up, states), dy, dlast if want_state else None)
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
@@ -91,14 +116,10 @@ def _like(*tensors: Tensor | None) -> list[Tensor]:
 
 
 @_ssd.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(*arguments[:-1])
-    batch, length, heads, head = inputs.x.shape
-    state = (batch, heads, head, inputs.B.shape[3])
-    last = inputs.x.new_empty(state if inputs.want_state else 0)
-    whole, up = (inputs.x.new_empty(batch, heads, length) for _ in range(2))
-    states = inputs.x.new_empty(len(chunks(length)) - 1, *state)
-    return *_like(inputs.x), last, whole, up, states
+    y, last, *kept = _results(inputs)
+    return y, last, *kept, inputs.x.new_empty((), dtype=torch.int64)
 
 
 @_gradients.register_fake

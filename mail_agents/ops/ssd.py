@@ -10,7 +10,7 @@ a group::
     y_t  = (h_t C_t + D x_t) * silu(z_t)
 
 A NaN or an infinity reaches the later outputs of its sequence, and no other sequence; the matrix
-products of ``torch`` and ``cuda`` carry it to earlier steps of the same sequence as well. All
+products of all backends but ``reference`` carry it to earlier steps of the same sequence, too. All
 arithmetic is float32 (float64 when an input is float64), whatever the dtype of the inputs.
 
 ==============  ==========================================  =====================================
@@ -18,6 +18,8 @@ backend         runs                                        gradients
 ==============  ==========================================  =====================================
 ``cuda``        CUDA tensors, float32 / float16 / bfloat16  first order
                 with the official package
+``native``      CPU, not float64, up to 192 steps, neither  first order
+                h0 nor return_state; compiled on first use
 ``torch``       everywhere                                  first order
 ``reference``   everywhere, slow, readable                  any order, forward mode, torch.func
 ==============  ==========================================  =====================================
@@ -29,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mail_agents.ops import _ssd_cuda
+from mail_agents.ops import _ssd_cuda, _ssd_native
 from mail_agents.ops._opaque import tracing
 from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, no_autocast, step_sizes
 from mail_agents.ops._ssd_opaque import opaque_ssd
@@ -185,6 +187,12 @@ def _prepared(inputs: SsdInputs) -> Inputs:
     return Inputs(x, dt, A, B, C, D, h0, inputs.reset, *flags)
 
 
+def _native(inputs: SsdInputs) -> tuple[Tensor, None]:
+    """The kernel of :mod:`mail_agents.ops._ssd_native`."""
+    y = _ssd_native.NativeDuality.apply(*_prepared(inputs))  # type: ignore[misc]
+    return _skip_and_gate(y, inputs.x, None, inputs.z).to(inputs.x.dtype), None
+
+
 def _torch(inputs: SsdInputs) -> tuple[Tensor, Tensor | None]:
     """The chunked form of :mod:`mail_agents.ops._ssd_torch`."""
     if _is_empty(inputs):
@@ -210,6 +218,7 @@ def _refuse_cuda(inputs: SsdInputs) -> str | None:
 
 _CANDIDATES = (
     Candidate("cuda", _ssd_cuda.run, _refuse_cuda, SSD_CUDA),
+    Candidate("native", _native, _ssd_native.refuse),
     Candidate("torch", _torch, refuse_torch_func),
     Candidate("reference", _reference, lambda _: None),
 )

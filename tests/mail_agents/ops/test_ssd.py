@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mail_agents.errors import InvalidInputError, MissingDependencyError
 from mail_agents.ops import (
+    _native,
     _ssd_cuda,
     _ssd_opaque,
     _ssd_torch,
@@ -125,6 +126,15 @@ def assert_near(found, wanted, tolerance, context=""):
         assert error <= tolerance * scale, f"{context} {name}: {error / scale:.2e}"
 
 
+@pytest.fixture
+def native():
+    """Skips where there are no compiled kernels; why is tested with their loader."""
+    failure = _native.load().failure
+    if failure:
+        pytest.skip(failure)
+    return "native"
+
+
 def double(inputs):
     return {k: v.double() for k, v in inputs.items()}
 
@@ -179,6 +189,90 @@ def test_sizes_of_heads_groups_and_states(B, L, H, P, G, N):
     inputs = make(B, L, H, P, G, N)
     wanted = gradients(double(inputs), "reference")
     assert_near(gradients(inputs, "torch"), wanted, 3e-6)
+
+
+@pytest.mark.parametrize("length", [n for n in LENGTHS if n <= 192])
+@pytest.mark.parametrize("full", [False, True])
+def test_native_backend_equals_float64_reference(native, length, full):
+    optional = ("D", "z", "dt_bias") if full else ()
+    inputs = make(3, length, 4, 8, 2, 16, optional=optional)
+    options = {"reset": resets(3, length, 0.1) if full else None, "return_state": False}
+    wanted = gradients(double(inputs), "reference", **options)
+    assert_near(gradients(inputs, native, **options), wanted, 5e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 70),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    head=st.integers(1, 70),
+    states=st.integers(1, 70),
+    optional=st.sets(st.sampled_from(("D", "z", "dt_bias"))),
+    per_channel=st.booleans(),
+    with_resets=st.booleans(),
+    masked=st.integers(0, 8),
+    softplus=st.booleans(),
+    limit=st.sampled_from([UNLIMITED, (0.2, 1.0)]),
+)
+def test_native_backend_equals_reference_for_any_shape(
+    batch, length, groups, per_group, head, states, optional, per_channel, with_resets,
+    masked, softplus, limit,
+):  # fmt: skip
+    if _native.load().failure:
+        return
+    inputs = make(
+        *(batch, length, groups * per_group, head, groups, states),
+        **{"optional": tuple(optional), "per_channel": per_channel},
+    )
+    inputs["dt"] = inputs["dt"].clone()
+    inputs["dt"][0, :masked] = -torch.inf
+    options = {
+        "reset": resets(batch, length, 0.3) if with_resets else None,
+        "return_state": False,
+        "dt_softplus": softplus,
+        "dt_limit": limit,
+    }
+    wanted = gradients(double(inputs), "reference", **options)
+    assert_near(gradients(inputs, "native", **options), wanted, 2e-4)
+    assert (wanted["dt"][0, :masked] == 0).all()
+
+
+def test_native_backend_divides_the_batch_among_threads(native):
+    inputs = make(7, 33, 4, 16, 2, 8, optional=("D",))
+    options = {"return_state": False, "reset": resets(7, 33)}
+    wanted = gradients(inputs, native, **options)
+    torch.set_num_threads(2)
+    try:
+        found = gradients(inputs, native, **options)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+def test_native_backend_takes_half_precision(native):
+    inputs = {k: v.bfloat16() for k, v in make(2, 50, optional=("D", "z")).items()}
+    y = ssd(**inputs, backend=native)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, ssd(**inputs, backend="reference"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"return_state": True}, "initial state"),
+        ({"h0": torch.zeros(2, 4, 3, 5)}, "initial state"),
+        ({"x": torch.zeros(2, 5, 4, 3, dtype=torch.float64)}, "float64"),
+    ],
+)
+def test_what_the_native_backend_refuses(native, change, message):
+    inputs = {**make(2, 5, optional=()), **change}
+    with pytest.raises(InvalidInputError, match=message):
+        ssd(**inputs, backend=native)
+    ssd(**inputs)
+    with pytest.raises(InvalidInputError, match="one chunk"):
+        ssd(**make(2, 193, optional=()), backend=native)
 
 
 @settings(max_examples=40, deadline=None)
@@ -297,14 +391,14 @@ def test_growing_states():
     assert_near(gradients(inputs, "torch"), gradients(inputs, "reference"), 1e-9)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 @pytest.mark.parametrize("name", ["x", "dt", "B", "C"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("chunk", [8, 192])
 def test_what_is_not_finite_stays_in_its_sequence(backend, name, value, chunk, monkeypatch):
     monkeypatch.setattr(_ssd_torch, "_SINGLE", chunk)
     monkeypatch.setattr(_ssd_torch, "_CHUNK", chunk)
-    inputs = {k: v.clone() for k, v in make(3, 40).items()}
+    inputs = {k: v.clone() for k, v in make(3, 40, optional=("D",)).items()}
     inputs[name][1, 20] = value
     y = ssd(**inputs, backend=backend)
     assert torch.isfinite(y[[0, 2]]).all()
@@ -450,12 +544,14 @@ def test_inputs_are_not_modified(length):
     assert all(torch.equal(inputs[k], before[k]) for k in inputs)
 
 
-@pytest.mark.parametrize("optional", [(), OPTIONAL])
-@pytest.mark.parametrize("length", [12, 200])
-def test_compiled_graphs_hold_one_operation(optional, length):
+@pytest.mark.parametrize(
+    ("backend", "optional", "length"),
+    [("auto", (), 12), ("auto", ("D",), 12), ("torch", (), 12), ("torch", OPTIONAL, 200)],
+)
+def test_compiled_graphs_hold_one_operation(backend, optional, length):
     inputs = make(2, length, optional=optional)
-    full = bool(optional)
-    reset = resets(2, length) if full else None
+    full = "h0" in optional
+    reset = resets(2, length) if optional else None
     work = ops._prepared(
         SsdInputs(
             *(inputs.get(k) for k in (*REQUIRED, "D", "z", "dt_bias")),
@@ -463,19 +559,22 @@ def test_compiled_graphs_hold_one_operation(optional, length):
         )
     )
     leaves = [t.detach().requires_grad_() if t is not None else None for t in work[:7]]
-    torch.library.opcheck(_ssd_opaque._ssd, (*leaves, *work[7:], "auto"))
+    torch.library.opcheck(_ssd_opaque._ssd, (*leaves, *work[7:], backend))
 
 
-def test_fullgraph_compile_equals_eager():
-    inputs = make(2, 12)
+@pytest.mark.parametrize("full", [False, True])
+def test_fullgraph_compile_equals_eager(full):
+    inputs = make(2, 12, optional=OPTIONAL if full else ("D", "z", "dt_bias"))
 
-    compiled = torch.compile(
-        lambda kwargs: ssd(**kwargs, return_state=True), fullgraph=True, backend="aot_eager"
-    )
+    def run(leaves):
+        found = ssd(**leaves, return_state=full)
+        return found if full else (found, leaves["A"])
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
     y, h = compiled(leaves)
     eager = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    wanted_y, wanted_h = ssd(**eager, return_state=True)
+    wanted_y, wanted_h = run(eager)
     torch.testing.assert_close((y, h), (wanted_y, wanted_h))
     (y.sum() + h.square().sum()).backward()
     (wanted_y.sum() + wanted_h.square().sum()).backward()
@@ -578,12 +677,13 @@ def test_cuda_limits_are_named():
 def test_backends_by_name():
     inputs = make(1, 3, optional=())
     x = inputs.pop("x").requires_grad_()
-    assert "StateSpaceDuality" in type(ssd(x, **inputs).grad_fn).__name__
+    assert "Duality" in type(ssd(x, **inputs).grad_fn).__name__
+    assert "StateSpaceDuality" in type(ssd(x, **inputs, backend="torch").grad_fn).__name__
     with use_backend("reference"):
-        assert "StateSpaceDuality" not in type(ssd(x, **inputs).grad_fn).__name__
+        assert "Duality" not in type(ssd(x, **inputs).grad_fn).__name__
     with pytest.raises((MissingDependencyError, InvalidInputError), match="cuda"):
         ssd(x, **inputs, backend="cuda")
     rows = {row["name"]: row for row in backend_report() if row["op"] == "ssd"}
-    assert list(rows) == ["cuda", "torch", "reference"]
+    assert list(rows) == ["cuda", "native", "torch", "reference"]
     assert rows["torch"]["available"]
     assert "mamba-ssm" in rows["cuda"]["fix"] or rows["cuda"]["available"]

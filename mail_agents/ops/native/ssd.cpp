@@ -1,0 +1,377 @@
+// State space duality of Mamba-2 (Dao & Gu 2024, section 6) inside one chunk, forward and backward:
+//
+//   y_i = sum_{j <= i} W_ij x_j + D x_i,   W_ij = 2^(s_i - s_j) (C_i . B_j) dt_j
+//
+// with s the running sum of dt A log2(e). Only the lower triangle is computed. One task is one
+// group of one sequence: C_i . B_j serves all heads of the group, and everything that belongs to a
+// head stays in the first or second cache. Running sums, their differences and those sums of the
+// backward pass that nearly cancel are float64.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "gemm.h"
+#include "simd.h"
+
+using namespace simd;
+
+extern "C" {
+
+/// A (batch, time, ...) tensor whose inner axes are contiguous.
+struct SsdSequence {
+  const float* data;
+  int64_t batch_stride, time_stride;
+};
+
+/// Results are contiguous; those of the backward pass have a leading axis of batch rows.
+struct Ssd {
+  int64_t batch, length, heads, head, groups, states;
+  SsdSequence x, B, C;       // (..., heads, head), (..., groups, states)
+  const float *dt, *A, *D;   // (batch, length, heads), (heads,), (heads, head) or null
+  const uint8_t* reset;      // (batch, length) or null
+  float* y;                  // (batch, length, heads, head)
+  SsdSequence dy;
+  float *dx, *ddt, *dB, *dC;  // like x, dt, B, C
+  float *dA, *dD;             // (batch, heads), (batch, heads, head) or null
+  int64_t threads;
+};
+}
+
+namespace {
+
+constexpr double LOG2_E = 1.4426950408889634;
+/// Zero as a power of two even in float64; see the backend in Python.
+constexpr double NOTHING = -1100.0;
+
+int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/// Scratch memory of one thread, cut into arrays whose rows are whole vectors.
+struct Scratch {
+  char* data;
+  size_t used = 0;
+  explicit Scratch(size_t bytes) : data(static_cast<char*>(aligned_alloc(64, (bytes + 63) / 64 * 64))) {}
+  ~Scratch() { free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* found = reinterpret_cast<T*>(data + used);
+    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return found;
+  }
+};
+
+/// Rows of `width` floats from a strided source, padded with zeros to whole vectors.
+void gather(const float* from, int64_t step, int64_t rows, int64_t width, float* out) {
+  int64_t wide = padded(width);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t p = 0; p < width; p += LANES)
+      store(out + i * wide + p, load_part(from + i * step + p, width - p));
+}
+
+/// ROWS rows and V vectors of out = M X, where M has any two strides and k runs in [first, last).
+template <int ROWS, int V>
+inline void block(const float* m, int64_t row_step, int64_t k_step, int64_t first, int64_t last,
+                  const float* x, float* out, int64_t width) {
+  vf acc[ROWS][V] = {};
+  for (int64_t k = first; k < last; k++) {
+    vf right[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) right[v] = load(x + k * width + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      vf left = splat(m[r * row_step + k * k_step]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[r][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) store(out + r * width + v * LANES, acc[r][v]);
+}
+
+template <int ROWS>
+inline void stripe(const float* m, int64_t row_step, int64_t k_step, int64_t first, int64_t last,
+                   const float* x, float* out, int64_t width) {
+  int64_t p = 0;
+  for (; p + 4 * LANES <= width; p += 4 * LANES)
+    block<ROWS, 4>(m, row_step, k_step, first, last, x + p, out + p, width);
+  for (; p + 2 * LANES <= width; p += 2 * LANES)
+    block<ROWS, 2>(m, row_step, k_step, first, last, x + p, out + p, width);
+  for (; p < width; p += LANES)
+    block<ROWS, 1>(m, row_step, k_step, first, last, x + p, out + p, width);
+}
+
+constexpr int ROWS = LANES >= 16 ? 4 : 2;
+
+/// out = M X for a lower triangular M (zeros above the diagonal are stored), or M^T X.
+template <bool TRANSPOSED>
+void triangle(const float* m, int64_t step, int64_t length, const float* x, float* out,
+              int64_t width) {
+  int64_t i = 0;
+  for (; i < length; i += ROWS) {
+    bool whole = i + ROWS <= length;
+    const float* start = TRANSPOSED ? m + i : m + i * step;
+    int64_t row_step = TRANSPOSED ? 1 : step, k_step = TRANSPOSED ? step : 1;
+    if (whole) {
+      stripe<ROWS>(start, row_step, k_step, TRANSPOSED ? i : 0, TRANSPOSED ? length : i + ROWS, x,
+                   out + i * width, width);
+    } else {
+      for (int64_t r = 0; i + r < length; r++)
+        stripe<1>(start + r * row_step, row_step, k_step, TRANSPOSED ? i + r : 0,
+                  TRANSPOSED ? length : i + r + 1, x, out + (i + r) * width, width);
+    }
+  }
+}
+
+/// Lower triangle (and a little more) of out_ij = a_i . b_j.
+void products(const float* a, const float* b, int64_t length, int64_t width, float* out,
+              int64_t step) {
+  constexpr int64_t BLOCK = 16;
+  for (int64_t i = 0; i < length; i += BLOCK) {
+    int64_t end = i + BLOCK < length ? i + BLOCK : length;
+    multiply({a + i * width, width, b, end, width, nullptr, out + i * step, step, false}, end - i);
+  }
+}
+
+struct Sizes {
+  int64_t length, head, states, step;  // widths of rows: padded head, states and length
+  explicit Sizes(const Ssd& s)
+      : length(s.length), head(padded(s.head)), states(padded(s.states)), step(padded(s.length)) {}
+};
+
+/// One group of one sequence: B, C and their products, then head by head.
+struct Group {
+  const Ssd& s;
+  const Sizes size;
+  float *B, *C, *table, *x, *W, *dt, *exponent;
+  double* sum;
+  int64_t b = 0;
+
+  Group(const Ssd& ssd, Scratch& memory) : s(ssd), size(ssd) {
+    B = memory.take<float>(size.length * size.states);
+    C = memory.take<float>(size.length * size.states);
+    table = memory.take<float>(size.length * size.step);
+    x = memory.take<float>(size.length * size.head);
+    W = memory.take<float>(size.length * size.step);
+    dt = memory.take<float>(size.step);
+    exponent = memory.take<float>(size.step);
+    sum = memory.take<double>(size.step);
+  }
+
+  const float* at(const SsdSequence& from, int64_t offset) const {
+    return from.data + b * from.batch_stride + offset;
+  }
+
+  void start(int64_t row, int64_t group) {
+    b = row;
+    gather(at(s.B, group * s.states), s.B.time_stride, size.length, s.states, B);
+    gather(at(s.C, group * s.states), s.C.time_stride, size.length, s.states, C);
+    products(C, B, size.length, size.states, table, size.step);
+  }
+
+  void start_head(int64_t h) {
+    gather(at(s.x, h * s.head), s.x.time_stride, size.length, s.head, x);
+    double total = 0.0, rate = double(s.A[h]) * LOG2_E;
+    for (int64_t t = 0; t < size.length; t++) {
+      dt[t] = s.dt[(b * size.length + t) * s.heads + h];
+      double step = double(dt[t]) * rate;
+      step = step < NOTHING ? NOTHING : step > -NOTHING ? -NOTHING : step;
+      if (s.reset && s.reset[b * size.length + t]) step = NOTHING;
+      total += step;
+      sum[t] = total;
+    }
+    for (int64_t t = size.length; t < size.step; t++) dt[t] = 0.0f, sum[t] = 0.0;
+  }
+
+  /// Exponents of row i; beyond the diagonal, where the power has to be 0, far below zero.
+  void row(int64_t i, int64_t end) {
+    for (int64_t j = 0; j < end; j++) exponent[j] = float(sum[i] - sum[j]);
+    for (int64_t j = i + 1; j < end; j++) exponent[j] = -2000.0f;
+  }
+
+  void forward_head(int64_t h, float* out) {
+    start_head(h);
+    for (int64_t i = 0; i < size.length; i++) {
+      int64_t end = padded(i + 1);
+      row(i, end);
+      const float* g = table + i * size.step;
+      float* w = W + i * size.step;
+      for (int64_t j = 0; j < end; j += LANES)
+        store(w + j, keep(j, i, exp2v(load(exponent + j)) * load(g + j) * load(dt + j)));
+      for (int64_t j = end; j < size.step; j += LANES) store(w + j, vf{});
+    }
+    triangle<false>(W, size.step, size.length, x, out, size.head);
+    int64_t row_step = s.heads * s.head;
+    float* y = s.y + b * size.length * row_step + h * s.head;
+    scatter(out, x, h, y, row_step);
+  }
+
+  /// Zero beyond the diagonal, where the table of products holds anything.
+  static vf keep(int64_t j, int64_t i, vf value) {
+    return j + LANES <= i + 1 ? value : load_part(reinterpret_cast<float*>(&value), i + 1 - j);
+  }
+
+  /// Writes rows + D * skipped.
+  void scatter(const float* rows, const float* skipped, int64_t h, float* out, int64_t row_step) {
+    for (int64_t p = 0; p < s.head; p += LANES) {
+      vf d = s.D ? load_part(s.D + h * s.head + p, s.head - p) : vf{};
+      for (int64_t t = 0; t < size.length; t++) {
+        vf value = load(rows + t * size.head + p);
+        if (s.D) value += d * load(skipped + t * size.head + p);
+        store_part(out + t * row_step + p, value, s.head - p);
+      }
+    }
+  }
+};
+
+struct Backward {
+  Group& group;
+  const Ssd& s;
+  const Sizes& size;
+  float *dy, *S, *dtable, *direct, *through;
+  double *rows, *columns;
+
+  Backward(Group& g, Scratch& memory) : group(g), s(g.s), size(g.size) {
+    dy = memory.take<float>(size.length * size.head);
+    S = memory.take<float>(size.length * size.step);
+    dtable = memory.take<float>(size.length * size.step);
+    direct = memory.take<float>(size.step);
+    through = memory.take<float>(size.step);
+    rows = memory.take<double>(size.step);
+    columns = memory.take<double>(size.step);
+  }
+
+  /// Gradients of one head; `out` holds rows of the width of a head.
+  void head(int64_t h, float* out) {
+    group.start_head(h);
+    gather(group.at(s.dy, h * s.head), s.dy.time_stride, size.length, s.head, dy);
+    products(dy, group.x, size.length, size.head, S, size.step);
+    memset(direct, 0, sizeof(float) * size.step);
+    memset(columns, 0, sizeof(double) * size.step);
+    for (int64_t i = 0; i < size.length; i++) pairs(i);
+    triangle<true>(group.W, size.step, size.length, dy, out, size.head);
+    int64_t row_step = s.heads * s.head;
+    group.scatter(out, dy, h, s.dx + group.b * size.length * row_step + h * s.head, row_step);
+    steps(h);
+    if (s.dD) skip(h);
+  }
+
+  /// What goes through row i of W: its entries, C_i . B_j, step sizes and their running sum.
+  void pairs(int64_t i) {
+    int64_t end = padded(i + 1);
+    group.row(i, end);
+    const float *g = group.table + i * size.step, *ds = S + i * size.step;
+    float *w = group.W + i * size.step, *dg = dtable + i * size.step;
+    double sums[LANES] = {};
+    for (int64_t j = 0; j < end; j += LANES) {
+      vf decay = exp2v(load(group.exponent + j)), dt = load(group.dt + j), product = load(g + j);
+      vf arriving = Group::keep(j, i, decay * load(ds + j)), weight = decay * product * dt;
+      store(w + j, Group::keep(j, i, weight));
+      store(dg + j, load(dg + j) + arriving * dt);
+      vf found = arriving * product;
+      if (j + LANES > i + 1) found = Group::keep(j, i, found);
+      store(direct + j, load(direct + j) + found);
+      store(through + j, found * dt);
+    }
+    for (int64_t j = end; j < size.step; j += LANES) store(w + j, vf{});
+    // No step decays itself, so the diagonal would only cancel.
+    through[i] = 0.0f;
+    for (int64_t j = 0; j < end; j += LANES)
+      for (int l = 0; l < LANES; l++) {
+        columns[j + l] += double(through[j + l]);
+        sums[l] += double(through[j + l]);
+      }
+    double total = 0.0;
+    for (int l = 0; l < LANES; l++) total += sums[l];
+    rows[i] = total;
+  }
+
+  void steps(int64_t h) {
+    double later = 0.0, dA = 0.0, rate = s.A[h];
+    for (int64_t t = size.length - 1; t >= 0; t--) {
+      later += rows[t] - columns[t];
+      double here = s.reset && s.reset[group.b * size.length + t] ? 0.0 : later;
+      dA += here * double(group.dt[t]);
+      s.ddt[(group.b * size.length + t) * s.heads + h] = float(double(direct[t]) + here * rate);
+    }
+    s.dA[group.b * s.heads + h] = float(dA);
+  }
+
+  void skip(int64_t h) {
+    for (int64_t p = 0; p < s.head; p += LANES) {
+      vf total = {};
+      for (int64_t t = 0; t < size.length; t++)
+        total += load(dy + t * size.head + p) * load(group.x + t * size.head + p);
+      store_part(s.dD + (group.b * s.heads + h) * s.head + p, total, s.head - p);
+    }
+  }
+
+  /// Gradients of B and C from those of their products.
+  void projections(int64_t index, float* out) {
+    int64_t row_step = s.groups * s.states;
+    for (int side = 0; side < 2; side++) {
+      if (side)
+        triangle<true>(dtable, size.step, size.length, group.C, out, size.states);
+      else
+        triangle<false>(dtable, size.step, size.length, group.B, out, size.states);
+      float* to = (side ? s.dB : s.dC) + group.b * size.length * row_step + index * s.states;
+      for (int64_t t = 0; t < size.length; t++)
+        for (int64_t p = 0; p < s.states; p += LANES)
+          store_part(to + t * row_step + p, load(out + t * size.states + p), s.states - p);
+    }
+  }
+};
+
+/// An upper bound of what one thread takes from its scratch memory.
+size_t scratch_bytes(const Ssd& s) {
+  Sizes size(s);
+  int64_t widest = size.head > size.states ? size.head : size.states;
+  int64_t floats = size.length * (2 * size.states + 2 * size.head + widest + 4 * size.step);
+  return size_t(floats) * sizeof(float) + size_t(size.step) * (4 * sizeof(float) + 3 * sizeof(double)) +
+         20 * 64;
+}
+
+template <bool BACKWARD>
+int run(const Ssd& s) {
+  int64_t tasks = s.batch * s.groups, heads = s.heads / s.groups;
+  int failed = 0;
+#pragma omp parallel if (s.threads > 1) num_threads(int(s.threads)) reduction(| : failed)
+  {
+    Scratch memory(scratch_bytes(s));
+    if (!memory.data) {
+      failed = 1;
+    } else {
+      Group group(s, memory);
+      Backward backward(group, memory);
+      const Sizes& size = group.size;
+      float* out = memory.take<float>(size.length * (size.head > size.states ? size.head : size.states));
+#pragma omp for schedule(static)
+      for (int64_t task = 0; task < tasks; task++) {
+        int64_t index = task % s.groups;
+        group.start(task / s.groups, index);
+        if (BACKWARD) memset(backward.dtable, 0, sizeof(float) * size.length * size.step);
+        for (int64_t h = index * heads; h < (index + 1) * heads; h++) {
+          if (BACKWARD)
+            backward.head(h, out);
+          else
+            group.forward_head(h, out);
+        }
+        if (BACKWARD) backward.projections(index, out);
+      }
+    }
+  }
+  return failed;
+}
+
+}  // namespace
+
+extern "C" int mail_ssd_forward(const Ssd* s) { return run<false>(*s); }
+
+extern "C" int mail_ssd_backward(const Ssd* s) { return run<true>(*s); }
