@@ -203,8 +203,8 @@ def _key(compiler: Sequence[str]) -> str:
 
 def _cpu_features() -> str:
     """The instructions of this CPU; folders may be shared by machines that differ."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        for line in lines:
             if line.startswith(("flags", "Features")):
                 return " ".join(sorted(line.partition(":")[2].split()))
     return platform.processor()
