@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import zero_masked
+from mail_agents.mixers.fused import FusedLayers, Layers
 from mail_agents.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mail_agents.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -134,6 +135,7 @@ class Mamba(nn.Module):
         # Markers that optimizer and initialisation code written for mamba_ssm looks for.
         self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
         self.D._no_weight_decay = True  # type: ignore[attr-defined]
+        self._fused = FusedLayers(_only_layer)
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -149,6 +151,11 @@ class Mamba(nn.Module):
     def _run(
         self, x: Tensor, mask: Tensor | None, state: MambaState | None, keep_state: bool
     ) -> tuple[Tensor, Any]:
+        if mask is None:
+            before = None if state is None else (state,)
+            found = self._fused.run(self, x, 3, before, return_state=keep_state)
+            if found is not None:
+                return found[0], MambaState(*found[1][0]) if keep_state else None
         u, z = self.in_proj(zero_masked(x, mask)).chunk(2, dim=-1)
         if self.in_proj.bias is not None:
             u = zero_masked(u, mask)
@@ -197,6 +204,9 @@ class Mamba(nn.Module):
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Maps one token (B, d_model) to (B, d_model) and returns the state after it."""
+        found = self._fused.run(self, x, 2, (state,), return_state=True)
+        if found is not None:
+            return found[0], MambaState(*found[1][0])
         u, z = self.in_proj(x).chunk(2, dim=-1)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         u, history = causal_conv1d_step(u, state.history, weight, bias)
@@ -215,3 +225,7 @@ class Mamba(nn.Module):
     def _decay(self) -> Tensor:
         wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
         return -torch.exp(self.A_log.to(wide))
+
+
+def _only_layer(mixer: Mamba) -> Layers | None:
+    return ([(None, mixer)], None) if type(mixer) is Mamba else None

@@ -6,7 +6,7 @@ transformer counterpart.
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.mixers.attention import MLP, CausalSelfAttention, FusedCrossAttention
 from mail_agents.mixers.base import Mixer, no_states, zero_masked
 from mail_agents.mixers.bimamba import BiMamba
+from mail_agents.mixers.fused import FusedLayers, Layers
 from mail_agents.mixers.hydra import Hydra
-from mail_agents.mixers.mamba import Mamba
+from mail_agents.mixers.mamba import Mamba, MambaState
 from mail_agents.mixers.mamba2 import Mamba2
 
 _EPS = 1e-5
@@ -159,6 +160,7 @@ class MambaStack(nn.Module):
             for _ in range(layers)
         )
         self.norm_f = nn.LayerNorm(d_model, eps=_EPS)
+        self._fused = FusedLayers(_mamba_layers)
         with torch.no_grad():
             for layer in self._blocks():
                 layer.mixer.out_proj.weight.mul_(layers**-0.5)
@@ -178,6 +180,10 @@ class MambaStack(nn.Module):
             InvalidInputError: ``aggregate`` has another shape than ``x``.
         """
         _check_aggregate(x, aggregate)
+        if mask is None:
+            found = self._fused.run(self, x, 3, None, aggregate)
+            if found is not None:
+                return found[0]
         x = zero_masked(x, mask)
         for layer in self._blocks():
             x = _add(layer(x, mask), aggregate)
@@ -212,6 +218,10 @@ class MambaStack(nn.Module):
         """
         self._check_causal("prefill")
         _check_aggregate(x, aggregate)
+        if mask is None:
+            found = self._fused.run(self, x, 3, state, aggregate, return_state=True)
+            if found is not None:
+                return found[0], tuple(map(MambaState._make, found[1]))
         x, after = zero_masked(x, mask), []
         before = (None,) * len(self.layers) if state is None else state
         for layer, old in zip(self._blocks(), before, strict=True):
@@ -230,6 +240,9 @@ class MambaStack(nn.Module):
         """
         self._check_causal("step")
         _check_aggregate(x, aggregate)
+        found = self._fused.run(self, x, 2, state, aggregate, return_state=True)
+        if found is not None:
+            return found[0], tuple(map(MambaState._make, found[1]))
         after = []
         for layer, old in zip(self._blocks(), state, strict=True):
             x, new = layer.step(x, old)
@@ -373,6 +386,13 @@ class TransformerStack(nn.Module):
             )
         if not self.cross and memory is not None:
             raise InvalidInputError("This stack has no cross-attention; build it with cross=True.")
+
+
+def _mamba_layers(stack: MambaStack) -> Layers | None:
+    blocks = list(stack.layers)
+    if any(type(block) is not ResidualBlock or type(block.mixer) is not Mamba for block in blocks):
+        return None
+    return [(cast(Any, block).norm, cast(Any, block).mixer) for block in blocks], stack.norm_f
 
 
 def _add(x: Tensor, aggregate: Tensor | None) -> Tensor:

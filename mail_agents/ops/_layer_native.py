@@ -43,6 +43,13 @@ class LayerWeights(NamedTuple):
 State = tuple[Tensor, Tensor]
 
 
+class Table(NamedTuple):
+    """States as the kernel sees them, and the tensors that live only for it."""
+
+    rows: "array[int]"
+    kept: list[Tensor]
+
+
 class LayerStack:
     """The layers as the kernel sees them: addresses of parameters, which must not change.
 
@@ -69,36 +76,46 @@ class LayerStack:
         self._last = [_address(part) for part in last_norm]
         self._sizes: tuple[tuple[int, int, int], Any, int] = ((0, 0, 0), None, 0)
 
-    def takes(self, state: Sequence[State], batch: int) -> bool:
-        """Whether the kernel can go on from the states of all layers."""
+    def table(self, state: Sequence[State | None], batch: int) -> "Table | None":
+        """Addresses and strides of the states of all layers; None if the kernel cannot use them."""
         history, ssm = (batch, self.d_conv - 1, self.d_inner), (batch, self.d_inner, self.d_state)
-        return len(state) == self.layers and all(
-            past.shape == history
-            and now.shape == ssm
-            and past.dtype is torch.float32
-            and now.dtype is torch.float32
-            and past.is_cpu
-            and now.is_cpu
-            for past, now in state
-        )
+        rows, kept = array("q"), []
+        if len(state) != self.layers:
+            return None
+        for pair in state:
+            if pair is None or not (_usable(pair[0], history) and _usable(pair[1], ssm)):
+                return None
+            past, now = pair
+            row, step, channel = past.stride()
+            if channel != 1:
+                past = past.contiguous()
+                row, step, channel = past.stride()
+                kept.append(past)
+            strides = now.stride()
+            if strides[1] != 1 and strides[2] != 1:
+                now = now.contiguous()
+                strides = now.stride()
+                kept.append(now)
+            rows.extend((past.data_ptr(), row, step, now.data_ptr(), *strides))
+        return Table(rows, kept)
 
     def run(
         self,
         x: Tensor,
-        state: Sequence[State] | None,
+        state: Table | None,
         aggregate: Tensor | None,
         return_state: bool,
-    ) -> tuple[Tensor, list[State] | None]:
+    ) -> tuple[Tensor, list[State]]:
         """Runs all layers over float32 tokens on the CPU, at least one, without gradients.
 
         Args:
             x: (B, L, d), or (B, d) for single tokens.
-            state: What :meth:`takes` accepts, or None for zero.
+            state: Made by :meth:`table`, or None for zero.
             aggregate: Added to the residual stream after every layer, like ``x``.
             return_state: Whether to return the states after the last token.
 
         Returns:
-            Output like ``x``, and the states, which share one block of memory.
+            Output like ``x``, and the states, which share one block of memory (else an empty list).
         """
         library = _library()
         batch, length = x.shape[0], 1 if x.dim() == 2 else x.shape[1]
@@ -106,14 +123,12 @@ class LayerStack:
         x = x.contiguous()
         out = torch.empty_like(x)
         aggregate = None if aggregate is None else aggregate.contiguous()
-        kept: list[Tensor] = []
-        old = None if state is None else _table(state, kept)
-        new, histories, ssms = self._states(batch) if return_state else (None, 0, 0)
-        memory = torch.empty(scratch)
+        new, histories, ssms = self._states(x, batch) if return_state else ([], 0, 0)
+        memory = x.new_empty(scratch)
         library.mamba_layers(
             sizes.buffer_info()[0],
             self._weights.buffer_info()[0],
-            None if old is None else old.buffer_info()[0],
+            None if state is None else state.rows.buffer_info()[0],
             *self._last,
             x.data_ptr(),
             _address(aggregate),
@@ -138,13 +153,13 @@ class LayerStack:
             self._sizes = key, sizes, scratch
         return sizes, scratch
 
-    def _states(self, batch: int) -> tuple[list[State], int, int]:
+    def _states(self, x: Tensor, batch: int) -> tuple[list[State], int, int]:
         """Uninitialised states, and the addresses of all histories and of all other parts."""
         shape = (self.layers, batch, -1, self.d_inner)
         past, size = (
             self.layers * batch * k * self.d_inner for k in (self.d_conv - 1, self.d_state)
         )
-        histories, ssms = torch.empty(past + size).split_with_sizes((past, size))
+        histories, ssms = x.new_empty(past + size).split_with_sizes((past, size))
         # Channels are neighbours in memory, as the kernel works on them.
         views = ssms.view(shape).transpose(2, 3).unbind()
         if past:
@@ -158,22 +173,13 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _table(state: Sequence[State], kept: list[Tensor]) -> "array[int]":
-    """Addresses and strides of states; ``kept`` keeps copies alive that had to be made."""
-    table = array("q")
-    for history, ssm in state:
-        row, step, channel = history.stride()
-        if channel != 1:
-            history = history.contiguous()
-            row, step, channel = history.stride()
-            kept.append(history)
-        strides = ssm.stride()
-        if strides[1] != 1 and strides[2] != 1:
-            ssm = ssm.contiguous()
-            strides = ssm.stride()
-            kept.append(ssm)
-        table.extend((history.data_ptr(), row, step, ssm.data_ptr(), *strides))
-    return table
+def _usable(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.shape == shape
+    )
 
 
 @functools.cache

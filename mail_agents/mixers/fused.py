@@ -1,0 +1,205 @@
+"""Inference of Mamba layers as one native call, wherever nobody can tell the difference.
+
+Modules are a way to describe the computation here, not to run it: hooks on inner modules, replaced
+modules, exotic tensors, gradients or tracing all lead back to the modules themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from mail_agents.ops._layer_native import LayerStack, LayerWeights, State
+from mail_agents.ops._native import load
+from mail_agents.ops.backends import Candidate, choose, refuse_torch_func, requested_backend
+
+#: Norm in front (absent in a mixer on its own) and mixer of every layer, and the norm after them.
+Layers = tuple[list[tuple[nn.Module | None, nn.Module]], nn.Module | None]
+
+_CANDIDATES = (Candidate("native", LayerStack.run, lambda *_: None),)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class FusedLayers:
+    """Runs the layers of a module in one call of the kernel; one instance per module.
+
+    What it keeps between calls is compared with the module at every call. It is not part of the
+    module's state: copies of the module start without it.
+
+    Args:
+        layers: Returns what the module consists of, or None when that is nothing for the kernel.
+    """
+
+    def __init__(self, layers: Callable[[Any], Layers | None]) -> None:
+        self._layers = layers
+        self._plan: _Plan | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedLayers":
+        return FusedLayers(self._layers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FusedLayers, (self._layers,)
+
+    def run(
+        self,
+        owner: nn.Module,
+        x: Tensor,
+        dims: int,
+        state: Sequence[State] | None = None,
+        aggregate: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, list[State]] | None:
+        """Runs all layers, or returns None where the modules have to be called.
+
+        Args:
+            owner: The module.
+            x: Tokens, (B, L, D) or (B, D).
+            dims: How many dimensions ``x`` has to have.
+            state: History and recurrent state of every layer; None is zero.
+            aggregate: Added to the residual stream after every layer, like ``x``.
+            return_state: Whether to return new states (else the list is empty).
+
+        Raises:
+            UnknownNameError: There is no backend of the name that was asked for.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _plain(x):
+            return None
+        if not x.numel() or (aggregate is not None and not _plain(aggregate)) or _watched():
+            return None
+        plan = self._plan
+        if plan is None or not plan.valid():
+            plan = self._plan = _make_plan(owner, self._layers)
+        if plan is None:
+            return None
+        stack, backend = plan.stack, plan.backend()
+        if backend is None or requested_backend(backend) not in ("auto", "native"):
+            return None
+        if x.dim() != dims or x.shape[-1] != stack.d_model or load().failure:
+            return None
+        table = None if state is None else stack.table(state, x.shape[0])
+        if state is not None and table is None:
+            return None
+        choose("mamba_layers", _CANDIDATES, backend)
+        return stack.run(x, table, aggregate, return_state)
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in _PLAIN and x.dtype is torch.float32 and x.is_cpu and not x.is_neg()
+
+
+def _watched() -> bool:
+    """Whether something looks at single operations, or gives them another meaning."""
+    return bool(
+        torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+        or refuse_torch_func()
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+class _Plan:
+    """Addresses of a module's parameters, and all that tells whether they still hold."""
+
+    def __init__(
+        self, inner: Sequence[nn.Module], owner: nn.Module, mixers: Any, stack: LayerStack
+    ) -> None:
+        self.stack = stack
+        modules = [owner, *inner]
+        self._mixers = [mixer.__dict__ for mixer in mixers]
+        self._inner = [module.__dict__ for module in inner]
+        self._hooks = _hooks(inner)
+        self._child_dicts = [m._modules for m in modules if m._modules]
+        self._children = _values(self._child_dicts)
+        self._parameter_dicts = [m._parameters for m in modules if m._parameters]
+        self._slots = _values(self._parameter_dicts)
+        self._parameters = [p for p in self._slots if p is not None]
+        # Only these can be transposed in place of themselves.
+        self._square = [p for p in self._parameters if p.dim() > 1 and p.shape[0] == p.shape[1]]
+        self._places = self._where()
+
+    def valid(self) -> bool:
+        """Whether all is as it was: children, parameters and where they are, and no hooks."""
+        slots = _values(self._parameter_dicts)
+        return (
+            not any(self._hooks)
+            and not _replaced(self._inner)
+            and _values(self._child_dicts) == self._children
+            and len(slots) == len(self._slots)
+            and all(map(is_, slots, self._slots))
+            and self._where() == self._places
+        )
+
+    def backend(self) -> str | None:
+        """Returns the ``backend`` of the mixers, or None when they differ."""
+        found = {attributes["backend"] for attributes in self._mixers}
+        return found.pop() if len(found) == 1 else None
+
+    def _where(self) -> tuple[Any, ...]:
+        """What assignments to ``parameter.data`` change, as conversions of a module make them."""
+        return (
+            list(map(Tensor.data_ptr, self._parameters)),
+            self._parameters[0].dtype,
+            list(map(Tensor.stride, self._square)),
+        )
+
+
+def _values(found: Sequence[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, found)))
+
+
+def _hooks(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def _replaced(attributes: Sequence[dict[str, Any]]) -> bool:
+    """Whether a module got another ``forward`` than that of its class."""
+    for found in attributes:  # noqa: SIM110, a generator takes twice the time
+        if "forward" in found:
+            return True
+    return False
+
+
+def _make_plan(owner: nn.Module, layers: Callable[[Any], Layers | None]) -> _Plan | None:
+    found = layers(owner)
+    inner = list(owner.modules())[1:]
+    if found is None or any(_hooks(inner)) or _replaced([m.__dict__ for m in inner]):
+        return None
+    pairs, last = found
+    norms: list[Any] = [norm for norm, _ in pairs if norm is not None]
+    norms += [] if last is None else [last]
+    plain = all(type(norm) is nn.LayerNorm for norm in norms)
+    if not plain or len({(norm.eps, norm.weight is None) for norm in norms}) > 1:
+        return None
+    weights = [_weights(norm, mixer) for norm, mixer in pairs]
+    parameters = [p for m in (owner, *inner) for p in m._parameters.values() if p is not None]
+    shapes = [[None if p is None else p.shape for p in layer] for layer in weights if layer]
+    if len(shapes) < len(weights) or any(shape != shapes[0] for shape in shapes):
+        return None
+    if not all(_plain(p) and p.is_contiguous() for p in parameters):
+        return None
+    ending = (None, None) if last is None else (norms[-1].weight, norms[-1].bias)
+    stack = LayerStack([w for w in weights if w], ending, norms[0].eps if norms else 0.0)
+    return _Plan(inner, owner, [mixer for _, mixer in pairs], stack)
+
+
+def _weights(norm: Any, mixer: Any) -> LayerWeights | None:
+    """Parameters of a layer, or None where its modules are not the usual ones."""
+    linear = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    if any(type(module) is not nn.Linear for module in linear):
+        return None
+    if type(mixer.conv1d) is not nn.Conv1d or mixer.x_proj.bias is not None:
+        return None
+    if mixer.dt_proj.bias is None or (norm is not None and norm.weight is None):
+        return None
+    return LayerWeights(
+        *((None, None) if norm is None else (norm.weight, norm.bias)),
+        *(mixer.in_proj.weight, mixer.in_proj.bias, mixer.conv1d.weight, mixer.conv1d.bias),
+        *(mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D),
+        *(mixer.out_proj.weight, mixer.out_proj.bias),
+    )
