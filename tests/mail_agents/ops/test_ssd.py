@@ -687,3 +687,15 @@ def test_backends_by_name():
     assert list(rows) == ["cuda", "native", "torch", "reference"]
     assert rows["torch"]["available"]
     assert "mamba-ssm" in rows["cuda"]["fix"] or rows["cuda"]["available"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradcheck_of_the_step(groups):
+    inputs = at(make(2, 1, 4, 2, groups, 3, dtype=torch.float64), 0)
+    names = ("h0", *(name for name in inputs if name != "h0"))
+    leaves = [inputs[name].detach().requires_grad_() for name in names]
+
+    def run(state, *args):
+        return ssd_step(state, **dict(zip(names[1:], args, strict=True)))
+
+    assert torch.autograd.gradcheck(run, leaves)
