@@ -53,11 +53,11 @@ struct Scan {
 namespace {
 
 constexpr int64_t CHUNK = 32;
-constexpr int V = 2;  // vectors of a channel block
-constexpr int64_t WIDTH = V * LANES;
+constexpr int G = 4;  // states that advance together
 constexpr float LN2 = 0.693147180559945309f;
 
-int64_t blocks_of(int64_t channels) { return (channels + WIDTH - 1) / WIDTH; }
+int64_t blocks_of(int64_t channels) { return (channels + LANES - 1) / LANES; }
+int64_t chunks_of(const Scan& s) { return (s.length + CHUNK - 1) / CHUNK; }
 
 /// Zeroed memory that frees itself; null when there is none.
 struct Buffer {
@@ -72,350 +72,279 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-/// Rows of vectors for the steps of one chunk.
-typedef vf Rows[CHUNK][V];
+/// A long sum with what rounding took from it (Kahan 1965); dozens of thousands of steps add up.
+struct Total {
+  float *sum, *excess;
+
+  void add(int64_t i, vf x) const {
+    vf old = load(sum + i), y = x - load(excess + i), now = old + y;
+    store(sum + i, now);
+    store(excess + i, (now - old) - y);
+  }
+};
+
+/// One value per step of a chunk.
+typedef vf Column[CHUNK];
 
 const float* at(const Sequence& x, int64_t b, int64_t t) {
   return x.data + b * x.batch_stride + t * x.time_stride;
 }
 
-/// One block of channels of one sequence, and its constants.
+/// One block of channels of one sequence.
 struct Block {
   const Scan& s;
   int64_t b, first, valid;  // sequence, first channel, channels that exist
-  vf bias[V], skip[V];
+  vf bias, skip;
 
-  Block(const Scan& s, int64_t b, int64_t first) : s(s), b(b), first(first) {
-    valid = s.channels - first < WIDTH ? s.channels - first : WIDTH;
-    for (int v = 0; v < V; v++) {
-      bias[v] = s.bias ? part(s.bias + first, v) : vf{};
-      skip[v] = s.D ? part(s.D + first, v) : vf{};
-    }
+  Block(const Scan& s, int64_t b, int64_t index) : s(s), b(b), first(index * LANES) {
+    valid = s.channels - first < LANES ? s.channels - first : LANES;
+    bias = s.bias ? load_part(s.bias + first, valid) : vf{};
+    skip = s.D ? load_part(s.D + first, valid) : vf{};
   }
 
-  vf part(const float* p, int v) const {
-    int64_t n = valid - v * LANES;
-    return n <= 0 ? vf{} : load_part(p + v * LANES, n);
+  // Rows lie far apart in memory: what the next blocks need of them is fetched meanwhile.
+  vf get(const float* row) const {
+    __builtin_prefetch(row + first + 2 * LANES);
+    return load_part(row + first, valid);
   }
-  // Rows lie far apart in memory: what the next block needs of them is fetched meanwhile.
-  vf part_of_row(const float* p, int v) const {
-    __builtin_prefetch(p + WIDTH + v * LANES);
-    return part(p, v);
-  }
-  vf part(const Sequence& x, int64_t t, int v) const { return part_of_row(at(x, b, t) + first, v); }
-  void put(float* p, vf x, int v) const {
-    int64_t n = valid - v * LANES;
-    __builtin_prefetch(p + WIDTH + v * LANES, 1);
-    if (n > 0) store_part(p + v * LANES, x, n);
+  vf get(const Sequence& x, int64_t t) const { return get(at(x, b, t)); }
+  void put(float* row, vf x) const {
+    __builtin_prefetch(row + first + 2 * LANES, 1);
+    store_part(row + first, x, valid);
   }
   /// Row of a contiguous (batch, length, channels) tensor.
-  float* row(float* x, int64_t t) const { return x + (b * s.length + t) * s.channels + first; }
-  vf raw_step(int64_t t, int v) const { return part(s.delta, t, v) + bias[v]; }
+  float* row(float* x, int64_t t) const { return x + (b * s.length + t) * s.channels; }
 };
 
 /// Step sizes and inputs times step sizes of a chunk.
 struct Steps {
   int64_t start, count;
   bool cut[CHUNK];  // no state flows into this step
-  Rows dt, x;
+  Column raw, dt, x;
 
-  void fill(const Block& k, int64_t t0, int64_t steps, bool fresh) {
-    start = t0, count = steps;
+  Steps(const Block& k, int64_t chunk) : start(chunk * CHUNK) {
+    const Scan& s = k.s;
+    count = s.length - start < CHUNK ? s.length - start : CHUNK;
     for (int64_t i = 0; i < count; i++) {
-      cut[i] = k.s.reset && k.s.reset[k.b * k.s.length + t0 + i];
-      for (int v = 0; v < V; v++) {
-        vf raw = k.raw_step(t0 + i, v);
-        dt[i][v] = k.s.softplus ? softplusv(raw) : raw;
-        x[i][v] = dt[i][v] * k.part(k.s.u, t0 + i, v);
-      }
+      cut[i] = s.reset && s.reset[k.b * s.length + start + i];
+      raw[i] = k.get(s.delta, start + i) + k.bias;
+      dt[i] = s.softplus ? softplusv(raw[i]) : raw[i];
+      x[i] = dt[i] * k.get(s.u, start + i);
     }
-    cut[0] |= fresh;
+    cut[0] |= chunk == 0 && !s.h0.data;
   }
 };
 
-/// Decays and states of G states for one chunk.
-template <int G>
+/// Decays and states of some states for one chunk.
 struct Trace {
-  vf decay[CHUNK][G][V], state[CHUNK][G][V];
+  vf decay[CHUNK][G], state[CHUNK][G];
 };
 
-/// Advances states n .. n + G - 1 through a chunk. Adds to the outputs y or fills the trace.
-template <int G, bool OUTPUT>
+/// Advances the states from n on, GROUP of them, through a chunk. Adds to the outputs y, or fills
+/// the trace where y is null.
+template <int GROUP, bool OUTPUT>
 void advance(const Block& k, const Steps& steps, int64_t n, const float* rates, float* state,
-             Rows& y, Trace<G>* trace) {
-  vf h[G][V], rate[G][V];
-  for (int g = 0; g < G; g++)
-    for (int v = 0; v < V; v++) {
-      h[g][v] = load(state + g * WIDTH + v * LANES);
-      rate[g][v] = load(rates + g * WIDTH + v * LANES);
-    }
+             vf* y, Trace* trace) {
+  vf h[GROUP], rate[GROUP];
+  for (int g = 0; g < GROUP; g++) {
+    h[g] = load(state + (n + g) * LANES);
+    rate[g] = load(rates + (n + g) * LANES);
+  }
   const float *B = at(k.s.B, k.b, steps.start) + n, *C = at(k.s.C, k.b, steps.start) + n;
   for (int64_t i = 0; i < steps.count; i++, B += k.s.B.time_stride, C += k.s.C.time_stride) {
-    vf decay[G][V];
-    for (int g = 0; g < G; g++)
-      for (int v = 0; v < V; v++) decay[g][v] = vf{};
-    if (steps.cut[i]) {
-      for (int g = 0; g < G; g++)
-        for (int v = 0; v < V; v++) h[g][v] = steps.x[i][v] * B[g];
-    } else {
-      for (int g = 0; g < G; g++)
-        for (int v = 0; v < V; v++) {
-          decay[g][v] = exp2v(steps.dt[i][v] * rate[g][v]);
-          h[g][v] = fma(decay[g][v], h[g][v], steps.x[i][v] * B[g]);
-        }
+    vf decay[GROUP];
+    for (int g = 0; g < GROUP; g++) {
+      vf x = steps.x[i] * B[g];
+      decay[g] = steps.cut[i] ? vf{} : exp2v(steps.dt[i] * rate[g]);
+      h[g] = steps.cut[i] ? x : fma(decay[g], h[g], x);
     }
     if (OUTPUT) {
-      for (int v = 0; v < V; v++) {
-        vf sum = y[i][v];
-        for (int g = 0; g < G; g++) sum = fma(h[g][v], splat(C[g]), sum);
-        y[i][v] = sum;
-      }
+      vf sum = h[0] * C[0];
+      for (int g = 1; g < GROUP; g++) sum = fma(h[g], splat(C[g]), sum);
+      y[i] += sum;
     } else {
-      for (int g = 0; g < G; g++)
-        for (int v = 0; v < V; v++) {
-          trace->decay[i][g][v] = decay[g][v];
-          trace->state[i][g][v] = h[g][v];
-        }
+      for (int g = 0; g < GROUP; g++) trace->decay[i][g] = decay[g], trace->state[i][g] = h[g];
     }
   }
-  for (int g = 0; g < G; g++)
-    for (int v = 0; v < V; v++) store(state + g * WIDTH + v * LANES, h[g][v]);
+  for (int g = 0; g < GROUP; g++) store(state + (n + g) * LANES, h[g]);
 }
 
-/// Copies the state of a block into (states, WIDTH) memory; zero where there is none.
+/// Copies the state of a block into (states, LANES) memory; zero where there is none.
 void take_state(const Block& k, const State& from, float* to) {
   int64_t states = k.s.states;
   if (!from.data) {
-    memset(to, 0, sizeof(float) * states * WIDTH);
+    memset(to, 0, sizeof(float) * states * LANES);
     return;
   }
   const float* p = from.data + k.b * from.batch_stride + k.first * from.channel_stride;
-  for (int64_t n = 0; n < states; n++)
-    for (int64_t c = 0; c < WIDTH; c++)
-      to[n * WIDTH + c] =
-          c < k.valid ? p[c * from.channel_stride + n * from.state_stride] : 0.0f;
+  for (int64_t n = 0; n < states; n++, p += from.state_stride) {
+    if (from.channel_stride == 1) {
+      store(to + n * LANES, load_part(p, k.valid));
+    } else {
+      vf lanes = {};
+      for (int64_t c = 0; c < k.valid; c++) lanes[c] = p[c * from.channel_stride];
+      store(to + n * LANES, lanes);
+    }
+  }
 }
 
-/// Copies (states, WIDTH) memory into a contiguous (batch, states, channels) tensor.
+/// Copies (states, LANES) memory into a contiguous (batch, states, channels) tensor.
 void give_state(const Block& k, const float* from, float* to) {
   for (int64_t n = 0; n < k.s.states; n++)
-    memcpy(to + (k.b * k.s.states + n) * k.s.channels + k.first, from + n * WIDTH,
-           sizeof(float) * k.valid);
+    store_part(to + (k.b * k.s.states + n) * k.s.channels + k.first, load(from + n * LANES),
+               k.valid);
 }
 
-/// The state before chunk number i: one that forward kept, or the first one.
-void start_state(const Block& k, int64_t i, float* to) {
+/// The state before a chunk: one that forward kept, or the first one.
+void start_state(const Block& k, int64_t chunk, float* to) {
   const Scan& s = k.s;
-  if (i == 0) return take_state(k, s.h0, to);
-  State kept = {s.kept + (i - 1) * s.batch * s.states * s.channels, s.states * s.channels, 1,
+  if (chunk == 0) return take_state(k, s.h0, to);
+  State kept = {s.kept + (chunk - 1) * s.batch * s.states * s.channels, s.states * s.channels, 1,
                 s.channels};
   take_state(k, kept, to);
 }
 
-/// Decay rates in units of log2, (blocks, states, WIDTH).
+/// Decay rates in units of log2, (blocks, states, LANES).
 void scale_rates(const Scan& s, float* rates) {
   for (int64_t c = 0; c < s.channels; c++)
     for (int64_t n = 0; n < s.states; n++)
-      rates[(c / WIDTH * s.states + n) * WIDTH + c % WIDTH] = s.A[c * s.states + n] * LOG2E;
+      rates[(c / LANES * s.states + n) * LANES + c % LANES] = s.A[c * s.states + n] * LOG2E;
 }
-
-int64_t chunks_of(const Scan& s) { return (s.length + CHUNK - 1) / CHUNK; }
 
 void forward_block(const Block& k, const float* rates, float* state) {
   const Scan& s = k.s;
-  Steps steps;
-  Rows y;
   take_state(k, s.h0, state);
-  for (int64_t i = 0; i < chunks_of(s); i++) {
-    int64_t t0 = i * CHUNK, count = s.length - t0 < CHUNK ? s.length - t0 : CHUNK;
-    steps.fill(k, t0, count, i == 0 && !s.h0.data);
-    for (int64_t j = 0; j < count; j++)
-      for (int v = 0; v < V; v++) y[j][v] = vf{};
+  for (int64_t chunk = 0; chunk < chunks_of(s); chunk++) {
+    Steps steps(k, chunk);
+    Column y;
+    for (int64_t i = 0; i < steps.count; i++) y[i] = vf{};
     int64_t n = 0;
-    for (; n + 2 <= s.states; n += 2)
-      advance<2, true>(k, steps, n, rates + n * WIDTH, state + n * WIDTH, y, nullptr);
-    for (; n < s.states; n++)
-      advance<1, true>(k, steps, n, rates + n * WIDTH, state + n * WIDTH, y, nullptr);
-    if (s.kept && i + 1 < chunks_of(s))
-      give_state(k, state, s.kept + i * s.batch * s.states * s.channels);
-    for (int64_t j = 0; j < count; j++)
-      for (int v = 0; v < V; v++) {
-        vf sum = s.D ? fma(k.skip[v], k.part(s.u, t0 + j, v), y[j][v]) : y[j][v];
-        if (s.ungated) k.put(k.row(s.ungated, t0 + j), sum, v);
-        if (s.z.data) sum *= siluv(k.part(s.z, t0 + j, v));
-        k.put(k.row(s.out, t0 + j), sum, v);
-      }
+    for (; n + G <= s.states; n += G) advance<G, true>(k, steps, n, rates, state, y, nullptr);
+    for (; n < s.states; n++) advance<1, true>(k, steps, n, rates, state, y, nullptr);
+    if (s.kept && chunk + 1 < chunks_of(s))
+      give_state(k, state, s.kept + chunk * s.batch * s.states * s.channels);
+    for (int64_t i = 0; i < steps.count; i++) {
+      int64_t t = steps.start + i;
+      vf sum = s.D ? fma(k.skip, k.get(s.u, t), y[i]) : y[i];
+      if (s.ungated) k.put(k.row(s.ungated, t), sum);
+      if (s.z.data) sum *= siluv(k.get(s.z, t));
+      k.put(k.row(s.out, t), sum);
+    }
   }
   if (s.last) give_state(k, state, s.last);
 }
 
-/// Sums of the gradients that are shared by all sequences, of one thread.
-struct Totals {
-  float *A, *D, *bias;  // (blocks, states, WIDTH), (blocks, WIDTH) twice
+/// Scratch memory of one thread; sums over its channel blocks and sequences.
+struct Scratch {
+  float *state, *carry;  // (states, LANES), (blocks, states, LANES)
+  float *dB, *dC;        // (states, CHUNK, LANES)
+  Total A, D, bias;      // (blocks, states, LANES), (blocks, LANES) twice
 };
 
-/// Per-lane sums of the gradients of B and C over the channel blocks of a chunk.
-struct Shared {
-  float *dB, *dC;  // (states, CHUNK, LANES)
+/// Cotangents of a chunk: of the output before the gate, of x = dt * u, and of dt in units of log2.
+struct Cotangents {
+  Column y, x, dt;
 };
 
-/// Backward through G states of a chunk. carry is the cotangent of the state after it, then before.
-template <int G>
-void retreat(const Block& k, const Steps& steps, int64_t n, const float* rates, float* state,
-             float* carry, float* total, const Shared& shared, const Rows& dy, Rows& dx, Rows& ddt,
-             Trace<G>& trace) {
-  vf first[G][V], g_state[G][V], rate[G][V], sum[G][V];
-  for (int g = 0; g < G; g++)
-    for (int v = 0; v < V; v++) {
-      first[g][v] = load(state + g * WIDTH + v * LANES);
-      g_state[g][v] = load(carry + g * WIDTH + v * LANES);
-      rate[g][v] = load(rates + g * WIDTH + v * LANES);
-      sum[g][v] = load(total + g * WIDTH + v * LANES);
-    }
-  advance<G, false>(k, steps, n, rates, state, dx, &trace);
+/// Backward through GROUP states of a chunk. w.carry holds the cotangent of the state after it, and
+/// then of the state before it.
+template <int GROUP>
+void retreat(const Block& k, const Steps& steps, int64_t n, const float* rates, const Scratch& w,
+             Cotangents& d, Trace& trace) {
+  int64_t block = (k.first / LANES * k.s.states + n) * LANES;
+  vf first[GROUP], carry[GROUP], rate[GROUP], sum[GROUP];
+  for (int g = 0; g < GROUP; g++) {
+    first[g] = load(w.state + (n + g) * LANES);
+    carry[g] = load(w.carry + block + g * LANES);
+    rate[g] = load(rates + (n + g) * LANES);
+    sum[g] = vf{};
+  }
+  advance<GROUP, false>(k, steps, n, rates, w.state, nullptr, &trace);
   for (int64_t i = steps.count - 1; i >= 0; i--) {
     const float *B = at(k.s.B, k.b, steps.start + i) + n, *C = at(k.s.C, k.b, steps.start + i) + n;
-    vf gx[V], gt[V];
-    for (int v = 0; v < V; v++) gx[v] = dx[i][v], gt[v] = ddt[i][v];
-    for (int g = 0; g < G; g++) {
-      float *at_B = shared.dB + ((n + g) * CHUNK + i) * LANES;
-      float *at_C = shared.dC + ((n + g) * CHUNK + i) * LANES;
-      vf dB = load(at_B), dC = load(at_C);
-      for (int v = 0; v < V; v++) {
-        vf cotangent = fma(dy[i][v], splat(C[g]), g_state[g][v]);
-        vf before = i > 0 ? trace.state[i - 1][g][v] : first[g][v];
-        dC = fma(dy[i][v], trace.state[i][g][v], dC);
-        dB = fma(steps.x[i][v], cotangent, dB);
-        gx[v] = fma(cotangent, splat(B[g]), gx[v]);
-        g_state[g][v] = cotangent * trace.decay[i][g][v];
-        vf exponent = g_state[g][v] * before;
-        gt[v] = fma(exponent, rate[g][v], gt[v]);
-        sum[g][v] = fma(exponent, steps.dt[i][v], sum[g][v]);
-      }
-      store(at_B, dB), store(at_C, dC);
+    vf dx = {}, ddt = {};
+    for (int g = 0; g < GROUP; g++) {
+      float *dB = w.dB + ((n + g) * CHUNK + i) * LANES, *dC = w.dC + ((n + g) * CHUNK + i) * LANES;
+      vf state = fma(d.y[i], splat(C[g]), carry[g]);
+      vf before = i > 0 ? trace.state[i - 1][g] : first[g];
+      store(dC, fma(d.y[i], trace.state[i][g], load(dC)));
+      store(dB, fma(steps.x[i], state, load(dB)));
+      dx = fma(state, splat(B[g]), dx);
+      carry[g] = state * trace.decay[i][g];
+      vf exponent = carry[g] * before;
+      ddt = fma(exponent, rate[g], ddt);
+      sum[g] = fma(exponent, steps.dt[i], sum[g]);
     }
-    for (int v = 0; v < V; v++) dx[i][v] = gx[v], ddt[i][v] = gt[v];
+    d.x[i] += dx;
+    d.dt[i] += ddt;
   }
-  for (int g = 0; g < G; g++)
-    for (int v = 0; v < V; v++) {
-      store(carry + g * WIDTH + v * LANES, g_state[g][v]);
-      store(total + g * WIDTH + v * LANES, sum[g][v]);
-    }
+  for (int g = 0; g < GROUP; g++) {
+    store(w.carry + block + g * LANES, carry[g]);
+    w.A.add(block + g * LANES, sum[g]);
+  }
 }
 
-/// Scratch memory of one thread.
-struct Scratch {
-  float *state, *carry;  // (states, WIDTH), (blocks, states, WIDTH)
-  Shared shared;
-  Totals totals;
-};
-
-/// Gradients of gate, skip weight and outputs; dy is the cotangent of the ungated output.
-void gate_backward(const Block& k, const Steps& steps, Rows& dy, float* total) {
+/// Gradients of gate and skip weight; fills the cotangent of the output before the gate.
+void gate_backward(const Block& k, const Steps& steps, const Scratch& w, Column& dy) {
   const Scan& s = k.s;
-  vf sum[V];
-  for (int v = 0; v < V; v++) sum[v] = load(total + v * LANES);
-  for (int64_t i = 0; i < steps.count; i++)
-    for (int v = 0; v < V; v++) {
-      int64_t t = steps.start + i;
-      vf cotangent = s.dout.data ? k.part(s.dout, t, v) : vf{};
-      if (s.z.data) {
-        vf z = k.part(s.z, t, v), gate = sigmoidv(z), y = k.part_of_row(k.row(s.ungated, t), v);
-        k.put(k.row(s.dz, t), cotangent * y * gate * fma(z, 1.0f - gate, splat(1.0f)), v);
-        cotangent *= z * gate;
-      }
-      dy[i][v] = cotangent;
-      if (s.D) sum[v] = fma(cotangent, k.part(s.u, t, v), sum[v]);
+  for (int64_t i = 0; i < steps.count; i++) {
+    int64_t t = steps.start + i;
+    dy[i] = s.dout.data ? k.get(s.dout, t) : vf{};
+    if (s.z.data) {
+      vf z = k.get(s.z, t), gate = sigmoidv(z), y = k.get(k.row(s.ungated, t));
+      k.put(k.row(s.dz, t), dy[i] * y * gate * fma(z, 1.0f - gate, splat(1.0f)));
+      dy[i] *= z * gate;
     }
-  for (int v = 0; v < V; v++) store(total + v * LANES, sum[v]);
+    if (s.D) w.D.add(k.first, dy[i] * k.get(s.u, t));
+  }
 }
 
-/// Gradients of u, delta and bias from those of x = dt * u and, in units of log2, of dt.
-void input_backward(const Block& k, const Steps& steps, const Rows& dy, const Rows& dx,
-                    const Rows& ddt, float* total) {
+/// Gradients of u, delta and bias.
+void input_backward(const Block& k, const Steps& steps, const Scratch& w, const Cotangents& d) {
   const Scan& s = k.s;
-  vf sum[V];
-  for (int v = 0; v < V; v++) sum[v] = load(total + v * LANES);
-  for (int64_t i = 0; i < steps.count; i++)
-    for (int v = 0; v < V; v++) {
-      int64_t t = steps.start + i;
-      vf u = k.part(s.u, t, v), du = dx[i][v] * steps.dt[i][v];
-      k.put(k.row(s.du, t), s.D ? fma(dy[i][v], k.skip[v], du) : du, v);
-      vf step = fma(dx[i][v], u, ddt[i][v] * LN2);
-      if (s.softplus) step *= sigmoidv(k.raw_step(t, v));
-      k.put(k.row(s.ddelta, t), step, v);
-      sum[v] += step;
-    }
-  for (int v = 0; v < V; v++) store(total + v * LANES, sum[v]);
+  for (int64_t i = 0; i < steps.count; i++) {
+    int64_t t = steps.start + i;
+    vf du = d.x[i] * steps.dt[i];
+    k.put(k.row(s.du, t), s.D ? fma(d.y[i], k.skip, du) : du);
+    vf step = fma(d.x[i], k.get(s.u, t), d.dt[i] * LN2);
+    if (s.softplus) step *= sigmoidv(steps.raw[i]);
+    k.put(k.row(s.ddelta, t), step);
+    if (s.bias) w.bias.add(k.first, step);
+  }
 }
 
 /// Backward through one chunk of one block of channels.
 void backward_block(const Block& k, int64_t chunk, const float* rates, const Scratch& w) {
-  const Scan& s = k.s;
-  int64_t t0 = chunk * CHUNK, count = s.length - t0 < CHUNK ? s.length - t0 : CHUNK;
-  int64_t block = k.first / WIDTH, size = s.states * WIDTH;
-  Steps steps;
-  Rows dy, dx, ddt;
-  Trace<2> pair;
-  Trace<1> single;
-  float *carry = w.carry + block * size, *total = w.totals.A + block * size;
-  steps.fill(k, t0, count, chunk == 0 && !s.h0.data);
-  gate_backward(k, steps, dy, w.totals.D + block * WIDTH);
-  for (int64_t i = 0; i < count; i++)
-    for (int v = 0; v < V; v++) dx[i][v] = ddt[i][v] = vf{};
+  Steps steps(k, chunk);
+  Cotangents d;
+  Trace trace;
+  gate_backward(k, steps, w, d.y);
+  for (int64_t i = 0; i < steps.count; i++) d.x[i] = d.dt[i] = vf{};
   start_state(k, chunk, w.state);
   int64_t n = 0;
-  for (; n + 2 <= s.states; n += 2)
-    retreat<2>(k, steps, n, rates + n * WIDTH, w.state + n * WIDTH, carry + n * WIDTH,
-               total + n * WIDTH, w.shared, dy, dx, ddt, pair);
-  for (; n < s.states; n++)
-    retreat<1>(k, steps, n, rates + n * WIDTH, w.state + n * WIDTH, carry + n * WIDTH,
-               total + n * WIDTH, w.shared, dy, dx, ddt, single);
-  input_backward(k, steps, dy, dx, ddt, w.totals.bias + block * WIDTH);
+  for (; n + G <= k.s.states; n += G) retreat<G>(k, steps, n, rates, w, d, trace);
+  for (; n < k.s.states; n++) retreat<1>(k, steps, n, rates, w, d, trace);
+  input_backward(k, steps, w, d);
 }
 
 /// Backward through one sequence for the channel blocks from first to last.
 void backward_rows(const Scan& s, int64_t b, int64_t part, int64_t first, int64_t last,
                    const float* rates, const Scratch& w) {
-  int64_t size = s.states * WIDTH;
-  for (int64_t j = first; j < last; j++)
-    take_state(Block(s, b, j * WIDTH), s.dlast, w.carry + j * size);
+  int64_t size = s.states * LANES;
+  for (int64_t j = first; j < last; j++) take_state(Block(s, b, j), s.dlast, w.carry + j * size);
   for (int64_t chunk = chunks_of(s) - 1; chunk >= 0; chunk--) {
-    int64_t t0 = chunk * CHUNK, count = s.length - t0 < CHUNK ? s.length - t0 : CHUNK;
-    memset(w.shared.dB, 0, sizeof(float) * 2 * s.states * CHUNK * LANES);
-    for (int64_t j = first; j < last; j++)
-      backward_block(Block(s, b, j * WIDTH), chunk, rates + j * size, w);
-    int64_t row = ((part * s.batch + b) * s.length + t0) * s.states;
-    for (int64_t i = 0; i < count; i++)
+    memset(w.dB, 0, sizeof(float) * CHUNK * size);
+    memset(w.dC, 0, sizeof(float) * CHUNK * size);
+    for (int64_t j = first; j < last; j++) backward_block(Block(s, b, j), chunk, rates + j * size, w);
+    int64_t row = ((part * s.batch + b) * s.length + chunk * CHUNK) * s.states;
+    for (int64_t i = 0; i < CHUNK && chunk * CHUNK + i < s.length; i++)
       for (int64_t n = 0; n < s.states; n++) {
-        s.dB[row + i * s.states + n] = hsum(load(w.shared.dB + (n * CHUNK + i) * LANES));
-        s.dC[row + i * s.states + n] = hsum(load(w.shared.dC + (n * CHUNK + i) * LANES));
+        s.dB[row + i * s.states + n] = hsum(load(w.dB + (n * CHUNK + i) * LANES));
+        s.dC[row + i * s.states + n] = hsum(load(w.dC + (n * CHUNK + i) * LANES));
       }
   }
   if (s.dh0)
-    for (int64_t j = first; j < last; j++)
-      give_state(Block(s, b, j * WIDTH), w.carry + j * size, s.dh0);
-}
-
-/// Adds the totals of the threads, in their order, to contiguous results.
-void collect(const Scan& s, const float* totals, int64_t stride, int64_t threads) {
-  int64_t blocks = blocks_of(s.channels);
-  for (int64_t c = 0; c < s.channels; c++) {
-    int64_t block = c / WIDTH, lane = c % WIDTH;
-    for (int64_t n = 0; n < s.states + 2; n++) {
-      int64_t from = n < s.states
-                         ? (block * s.states + n) * WIDTH + lane
-                         : (blocks * (s.states + n - s.states) + block) * WIDTH + lane;
-      float sum = 0.0f;
-      for (int64_t i = 0; i < threads; i++) sum += totals[i * stride + from];
-      if (n < s.states)
-        s.dA[n * s.channels + c] = sum;
-      else if (n == s.states && s.dD)
-        s.dD[c] = sum;
-      else if (n == s.states + 1 && s.dbias)
-        s.dbias[c] = sum;
-    }
-  }
+    for (int64_t j = first; j < last; j++) give_state(Block(s, b, j), w.carry + j * size, s.dh0);
 }
 
 int64_t thread_index() {
@@ -438,16 +367,16 @@ int64_t team_size() {
 
 extern "C" {
 
+/// Number of channels of a block, the smallest part of the work.
+int64_t mail_scan_width(void) { return LANES; }
+
 /// Number of steps between kept states.
 int64_t mail_scan_chunk(void) { return CHUNK; }
-
-/// Number of channels of a block, the smallest part of the work.
-int64_t mail_scan_width(void) { return WIDTH; }
 
 /// Fills out, ungated, last and kept where they are not null. Returns 0, or 1 without memory.
 int mail_scan_forward(const Scan* args) {
   const Scan& s = *args;
-  int64_t blocks = blocks_of(s.channels), size = s.states * WIDTH, items = s.batch * blocks;
+  int64_t blocks = blocks_of(s.channels), size = s.states * LANES, items = s.batch * blocks;
   Buffer rates(blocks * size), states(s.threads * size);
   if (!rates.data || !states.data) return 1;
   scale_rates(s, rates.data);
@@ -456,8 +385,7 @@ int mail_scan_forward(const Scan* args) {
     int64_t me = thread_index(), team = team_size();
     for (int64_t i = items * me / team; i < items * (me + 1) / team; i++) {
       int64_t block = i % blocks;
-      forward_block(Block(s, i / blocks, block * WIDTH), rates.data + block * size,
-                    states.data + me * size);
+      forward_block(Block(s, i / blocks, block), rates.data + block * size, states.data + me * size);
     }
   }
   return 0;
@@ -466,27 +394,41 @@ int mail_scan_forward(const Scan* args) {
 /// Fills all gradients that are not null (du, ddelta, dA, dB, dC always; dz with a gate).
 int mail_scan_backward(const Scan* args) {
   const Scan& s = *args;
-  int64_t blocks = blocks_of(s.channels), size = s.states * WIDTH;
-  int64_t sums = blocks * size + 2 * blocks * WIDTH;
-  int64_t lanes = s.states * CHUNK * LANES;
+  int64_t blocks = blocks_of(s.channels), size = s.states * LANES, lanes = CHUNK * size;
+  int64_t padded = blocks * LANES, count = blocks * size + 2 * padded;
   int64_t own = size + blocks * size + 2 * lanes;
-  Buffer rates(blocks * size), totals(s.threads * sums), scratch(s.threads * own);
+  Buffer rates(blocks * size), totals(s.threads * 2 * count), scratch(s.threads * own);
   if (!rates.data || !totals.data || !scratch.data) return 1;
   scale_rates(s, rates.data);
 #pragma omp parallel num_threads(s.threads) if (s.threads > 1)
   {
     int64_t me = thread_index(), team = team_size(), items = s.batch * s.parts;
-    float *p = scratch.data + me * own, *sum = totals.data + me * sums;
-    float* lane = p + size + blocks * size;
-    Scratch w = {p, p + size, {lane, lane + lanes},
-                 {sum, sum + blocks * size, sum + blocks * size + blocks * WIDTH}};
+    float *p = scratch.data + me * own, *lane = p + size + blocks * size;
+    float *A = totals.data + me * 2 * count, *D = A + blocks * size, *bias = D + padded;
+    Scratch w = {p, p + size, lane, lane + lanes, {A, A + count}, {D, D + count},
+                 {bias, bias + count}};
     for (int64_t i = items * me / team; i < items * (me + 1) / team; i++) {
       int64_t part = i % s.parts;
       backward_rows(s, i / s.parts, part, blocks * part / s.parts, blocks * (part + 1) / s.parts,
                     rates.data, w);
     }
   }
-  collect(s, totals.data, sums, s.threads);
+  // Now that it is done, the first sums take the totals of all threads.
+  const float *D = totals.data + blocks * size, *bias = D + padded;
+  for (int64_t i = 0; i < count; i++) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < s.threads; j++) {
+      const float* from = totals.data + j * 2 * count + i;
+      sum += double(from[0]) - double(from[count]);
+    }
+    totals.data[i] = float(sum);
+  }
+  for (int64_t n = 0; n < s.states; n++)
+    for (int64_t j = 0; j < blocks; j++)
+      store_part(s.dA + n * s.channels + j * LANES, load(totals.data + (j * s.states + n) * LANES),
+                 s.channels - j * LANES);
+  if (s.dD) memcpy(s.dD, D, sizeof(float) * s.channels);
+  if (s.dbias) memcpy(s.dbias, bias, sizeof(float) * s.channels);
   return 0;
 }
 }

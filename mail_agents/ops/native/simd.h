@@ -48,7 +48,17 @@ static inline void store_part(float* p, vf x, int64_t n) {
 }
 
 /// a * b + c, rounded once where the target has such an instruction.
-static inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+static inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return vf(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__AVX__) && defined(__FMA__)
+  return vf(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)
+  return vf(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+  return a * b + c;
+#endif
+}
 
 /// Lane-wise minimum and maximum; where x is NaN the result is NaN.
 static inline vf at_most(vf x, vf limit) {
@@ -137,13 +147,17 @@ static inline vf softplusv(vf x) {
   return at_least(x, vf{}) + (p + p);
 }
 
-/// Sum of all lanes.
+/// Sum of all lanes, in pairs.
 static inline float hsum(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(__m512(x));
+#else
   float lanes[LANES];
   store(lanes, x);
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
   return lanes[0];
+#endif
 }
 
 }  // namespace simd
