@@ -1,8 +1,8 @@
 """State space duality on compiled CPU kernels: ``native/ssd.cpp`` called through ctypes.
 
-One chunk without a state before or after it, which is how short sequences are trained. Strided
-sequences are read in place as long as heads and channels are contiguous; nothing but the inputs is
-kept for the backward pass.
+One chunk, which is how short sequences are trained; states before and after it only without
+gradients, which is how policies act. Strided sequences are read in place as long as heads and
+channels are contiguous; nothing but the inputs is kept for the backward pass.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ class _Ssd(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("batch", "length", "heads", "head", "groups", "states")),
         *((n, _Sequence) for n in ("x", "B", "C")),
-        *((n, ctypes.c_void_p) for n in ("dt", "A", "D", "reset", "y")),
+        *((n, ctypes.c_void_p) for n in ("dt", "A", "D", "reset", "h0", "last", "y")),
         ("dy", _Sequence),
         *((n, ctypes.c_void_p) for n in ("dx", "ddt", "dB", "dC", "dA", "dD")),
         ("threads", ctypes.c_int64),
@@ -42,8 +42,9 @@ class _Ssd(ctypes.Structure):
 
 def refuse(inputs: SsdInputs) -> str | None:
     """Returns why the kernel cannot run these inputs, or None; builds the kernels if needed."""
-    if inputs.h0 is not None or inputs.return_state:
-        return "the kernel takes no initial state and returns none"
+    stateful = inputs.h0 is not None or inputs.return_state
+    if stateful and torch.is_grad_enabled() and any(t.requires_grad for t in inputs.tensors()):
+        return "the kernel has no gradient through states (call it under no_grad)"
     if len(chunks(inputs.x.shape[1])) > 1:
         return f"the kernel takes one chunk, a sequence of {inputs.x.shape[1]} steps is longer"
     if inputs.x.numel() == 0 or inputs.B.numel() == 0:
@@ -51,14 +52,19 @@ def refuse(inputs: SsdInputs) -> str | None:
     return refuse_native(*inputs.tensors())
 
 
-def forward(inputs: Inputs) -> Tensor:
-    """The op without autograd: y (B, L, H, P). ``inputs`` are float32 and fit :func:`refuse`."""
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """The op without autograd, on float32 inputs that fit :func:`refuse`.
+
+    Returns y (B, L, H, P) and the last state (B, H, P, N), or None unless wanted.
+    """
     inputs = _ready(inputs)
-    y = inputs.x.new_empty(inputs.x.shape)
+    x, n = inputs.x, inputs.B.shape[3]
+    y = x.new_empty(x.shape)
+    last = x.new_empty(x.shape[0], *x.shape[2:], n) if inputs.want_state else None
     args = _arguments(inputs)
-    args.y = y.data_ptr()
+    args.y, args.last, args.h0 = y.data_ptr(), _pointer(last), _pointer(inputs.h0)
     _call("mail_ssd_forward", args)
-    return y
+    return y, last
 
 
 def backward(inputs: Inputs, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,7 +91,7 @@ class NativeDuality(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         inputs = Inputs(*args)
         ctx.save_for_backward(*inputs[:6], inputs.reset)
-        return forward(inputs)
+        return forward(inputs)[0]
 
     @staticmethod
     @once_differentiable
@@ -101,9 +107,9 @@ def _ready(inputs: Inputs) -> Inputs:
     D, reset = inputs.D, inputs.reset
     if D is not None:
         D = (D if D.dim() == 2 else D.unsqueeze(1)).expand(x.shape[2:]).contiguous()
-    reset = None if reset is None else reset.contiguous()
+    reset, h0 = (None if t is None else t.contiguous() for t in (reset, inputs.h0))
     dt, A = inputs.dt.contiguous(), inputs.A.contiguous()
-    return inputs._replace(x=x, dt=dt, A=A, B=B, C=C, D=D, reset=reset)
+    return inputs._replace(x=x, dt=dt, A=A, B=B, C=C, D=D, h0=h0, reset=reset)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ def _chosen(inputs: Inputs, backend: str) -> str:
         return "it cannot be compiled, leave out --compile or policy.compile()"
 
     def refuse_native(_: Any) -> str | None:
+        if inputs.h0 is not None or inputs.want_state:  # gradients may be asked for later
+            return "the kernel has no gradient through states"
         # Of step sizes only those are known that softplus, bias and limits have made.
         rest = (None, None, True, UNLIMITED, inputs.h0, inputs.reset, inputs.want_state)
         return _ssd_native.refuse(SsdInputs(*inputs[:6], *rest))
@@ -68,7 +70,7 @@ def _ssd(
     inputs = Inputs(x, dt, A, B, C, D, h0, reset, exact_zero, want_state)
     if _chosen(inputs, backend) == "native":
         _, last, *kept = _results(inputs)
-        return _ssd_native.forward(inputs), last, *kept, torch.tensor(1)
+        return _ssd_native.forward(inputs)[0], last, *kept, torch.tensor(1)
     y, last, kept = ssd_forward(inputs)
     return y, y.new_empty(0) if last is None else last, *kept, torch.tensor(0)
 

@@ -391,6 +391,7 @@ class _Backward:
         self.dx.addcmul_(dx, _by_time(decay * chunk.at(work.size)))
         through = (chunk.x * dx).sum(-1).transpose(1, 2).double() * weight
         self.pushed += through
+        through[..., -1] = 0.0  # it does not decay until the end
         self.sums -= through
         self.sums[..., -1] += through.sum(-1)
         if start is None:

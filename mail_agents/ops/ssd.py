@@ -18,8 +18,8 @@ backend         runs                                        gradients
 ==============  ==========================================  =====================================
 ``cuda``        CUDA tensors, float32 / float16 / bfloat16  first order
                 with the official package
-``native``      CPU, not float64, up to 192 steps, neither  first order
-                h0 nor return_state; compiled on first use
+``native``      CPU, not float64, up to 192 steps;          first order; none with h0 or
+                compiled on first use                       return_state
 ``torch``       everywhere                                  first order
 ``reference``   everywhere, slow, readable                  any order, forward mode, torch.func
 ==============  ==========================================  =====================================
@@ -190,10 +190,14 @@ def _prepared(inputs: SsdInputs) -> Inputs:
     return Inputs(x, dt, A, B, C, D, h0, inputs.reset, *flags)
 
 
-def _native(inputs: SsdInputs) -> tuple[Tensor, None]:
+def _native(inputs: SsdInputs) -> tuple[Tensor, Tensor | None]:
     """The kernel of :mod:`mail_agents.ops._ssd_native`."""
-    y = _ssd_native.NativeDuality.apply(*_prepared(inputs))  # type: ignore[misc]
-    return _skip_and_gate(y, inputs.x, None, inputs.z).to(inputs.x.dtype), None
+    ready, last = _prepared(inputs), None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs.tensors()):
+        y = _ssd_native.NativeDuality.apply(*ready)  # type: ignore[misc]
+    else:
+        y, last = _ssd_native.forward(ready)
+    return _skip_and_gate(y, inputs.x, None, inputs.z).to(inputs.x.dtype), last
 
 
 def _torch(inputs: SsdInputs) -> tuple[Tensor, Tensor | None]:

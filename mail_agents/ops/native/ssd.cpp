@@ -33,7 +33,9 @@ struct Ssd {
   SsdSequence x, B, C;       // (..., heads, head), (..., groups, states)
   const float *dt, *A, *D;   // (batch, length, heads), (heads,), (heads, head) or null
   const uint8_t* reset;      // (batch, length) or null
-  float* y;                  // (batch, length, heads, head)
+  // States before and after, (batch, heads, head, states) or null; only the forward pass has them.
+  const float* h0;
+  float *last, *y;  // y (batch, length, heads, head)
   SsdSequence dy;
   float *dx, *ddt, *dB, *dC;  // like x, dt, B, C
   float *dA, *dD;             // (batch, heads), (batch, heads, head) or null
@@ -150,7 +152,7 @@ struct Sizes {
 struct Group {
   const Ssd& s;
   const Sizes size;
-  float *B, *C, *table, *x, *W, *dt, *exponent;
+  float *B, *C, *table, *x, *W, *dt, *exponent, *state;
   double* sum;
   int64_t b = 0;
 
@@ -163,6 +165,8 @@ struct Group {
     dt = memory.take<float>(size.step);
     exponent = memory.take<float>(size.step);
     sum = memory.take<double>(size.step);
+    int64_t inner = s.h0 ? size.length * size.head : 0, end = s.last ? s.head * size.states : 0;
+    state = memory.take<float>(inner > end ? inner : end);
   }
 
   const float* at(const SsdSequence& from, int64_t offset) const {
@@ -208,9 +212,49 @@ struct Group {
       for (int64_t j = end; j < size.step; j += LANES) store(w + j, vf{});
     }
     triangle<false>(W, size.step, size.length, x, out, size.head);
+    if (s.h0) from_state(h, out);
     int64_t row_step = s.heads * s.head;
     float* y = s.y + b * size.length * row_step + h * s.head;
     scatter(out, x, h, y, row_step);
+    if (s.last) to_state(h);
+  }
+
+  int64_t state_of(int64_t h) const { return (b * s.heads + h) * s.head * s.states; }
+
+  /// Adds 2^(s_i) C_i h to the rows of the outputs.
+  void from_state(int64_t h, float* out) {
+    const float* start = s.h0 + state_of(h);
+    multiply({C, size.states, start, s.head, s.states, nullptr, state, size.head, false},
+             size.length);
+    for (int64_t i = 0; i < size.length; i++) {
+      vf decay = exp2v(splat(float(sum[i])));
+      float* y = out + i * size.head;
+      for (int64_t p = 0; p < s.head; p += LANES)
+        store(y + p, load(y + p) + decay * load_part(state + i * size.head + p, s.head - p));
+    }
+  }
+
+  /// Writes the state after the last step; overwrites the inputs x of this head.
+  void to_state(int64_t h) {
+    double end = sum[size.length - 1];
+    for (int64_t j = 0; j < size.length; j++) {
+      vf weight = exp2v(splat(float(end - sum[j]))) * dt[j];
+      for (int64_t p = 0; p < size.head; p += LANES)
+        store(x + j * size.head + p, weight * load(x + j * size.head + p));
+    }
+    int64_t p = 0;
+    for (; p + ROWS <= s.head; p += ROWS)
+      stripe<ROWS>(x + p, 1, size.head, 0, size.length, B, state + p * size.states, size.states);
+    for (; p < s.head; p++)
+      stripe<1>(x + p, 1, size.head, 0, size.length, B, state + p * size.states, size.states);
+    vf decay = exp2v(splat(float(end)));
+    for (p = 0; p < s.head; p++)
+      for (int64_t n = 0; n < s.states; n += LANES) {
+        int64_t left = s.states - n, index = state_of(h) + p * s.states + n;
+        vf value = load(state + p * size.states + n);
+        if (s.h0) value += decay * load_part(s.h0 + index, left);
+        store_part(s.last + index, value, left);
+      }
   }
 
   /// Zero beyond the diagonal, where the table of products holds anything.
@@ -334,6 +378,7 @@ size_t scratch_bytes(const Ssd& s) {
   Sizes size(s);
   int64_t widest = size.head > size.states ? size.head : size.states;
   int64_t floats = size.length * (2 * size.states + 2 * size.head + widest + 4 * size.step);
+  if (s.h0 || s.last) floats += size.length * size.head + s.head * size.states;
   return size_t(floats) * sizeof(float) + size_t(size.step) * (4 * sizeof(float) + 3 * sizeof(double)) +
          20 * 64;
 }

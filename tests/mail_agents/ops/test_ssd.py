@@ -114,16 +114,16 @@ def gradients(inputs, backend, return_state=True, seed=1, **options):
     return {**values, **dict(zip(leaves, grads, strict=True))}
 
 
-def assert_near(found, wanted, tolerance, context=""):
+def assert_near(found, wanted, tolerance, smallest=1e-24):
+    """Errors relative to the largest value; products below `smallest` are zero in float32."""
     assert found.keys() == wanted.keys()
     for name, reference in wanted.items():
         assert found[name].shape == reference.shape
         if reference.numel() == 0:
             continue
         error = (found[name].double() - reference.double()).abs().max()
-        # Products of numbers that small are zero in float32.
-        scale = reference.double().abs().max().clamp(min=1e-24)
-        assert error <= tolerance * scale, f"{context} {name}: {error / scale:.2e}"
+        scale = reference.double().abs().max().clamp(min=smallest)
+        assert error <= tolerance * scale, f"{name}: {error / scale:.2e}"
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_native_backend_equals_float64_reference(native, length, full):
     assert_near(gradients(inputs, native, **options), wanted, 5e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 70),
@@ -235,8 +235,23 @@ def test_native_backend_equals_reference_for_any_shape(
         "dt_limit": limit,
     }
     wanted = gradients(double(inputs), "reference", **options)
-    assert_near(gradients(inputs, "native", **options), wanted, 2e-4)
+    assert_near(gradients(inputs, "native", **options), wanted, 1e-5, smallest=0.1)
     assert (wanted["dt"][0, :masked] == 0).all()
+
+
+@pytest.mark.parametrize("length", [1, 10, 65, 192])
+@pytest.mark.parametrize(("P", "N"), [(3, 5), (64, 128), (33, 20)])
+@pytest.mark.parametrize("before", [False, True])
+def test_native_backend_acts_with_states(native, length, P, N, before):
+    optional = ("D", "z", "dt_bias", "h0") if before else ("D",)
+    inputs = make(3, length, 4, P, 2, N, optional=optional)
+    reset = resets(3, length, 0.05) if before else None
+    y, h = ssd(**inputs, reset=reset, return_state=True, backend=native)
+    wanted_y, wanted_h = ssd(**double(inputs), reset=reset, return_state=True, backend="reference")
+    found, wanted = {"y": y, "h": h}, {"y": wanted_y, "h": wanted_h}
+    assert_near(found, wanted, 3e-6)
+    if before:
+        assert torch.equal(ssd(**inputs, reset=reset, backend=native), y)
 
 
 def test_native_backend_divides_the_batch_among_threads(native):
@@ -261,8 +276,8 @@ def test_native_backend_takes_half_precision(native):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"return_state": True}, "initial state"),
-        ({"h0": torch.zeros(2, 4, 3, 5)}, "initial state"),
+        ({"return_state": True, "D": torch.zeros(4, requires_grad=True)}, "through states"),
+        ({"h0": torch.zeros(2, 4, 3, 5, requires_grad=True)}, "through states"),
         ({"x": torch.zeros(2, 5, 4, 3, dtype=torch.float64)}, "float64"),
     ],
 )
@@ -312,7 +327,8 @@ def test_torch_backend_equals_reference_for_any_shape_and_chunking(
         patch.setattr(_ssd_torch, "_CHUNK", chunk)
         patch.setattr(_ssd_torch, "_BLOCK", block)
         found = gradients(inputs, "torch", **options)
-    assert_near(found, gradients(inputs, "reference", **options), 1e-9)
+    # What resets leave of the gradient of A may be nothing but the rounding of other gradients.
+    assert_near(found, gradients(inputs, "reference", **options), 1e-9, smallest=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [2, 10**6])
@@ -409,7 +425,7 @@ def test_what_is_not_finite_stays_in_its_sequence(backend, name, value, chunk, m
         assert torch.isfinite(y[1, :20]).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 @pytest.mark.parametrize("cut", [0, 1, 7, 30])
 def test_split_sequence_with_carried_state_equals_the_whole(backend, cut):
     inputs = make(2, 30)
