@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
 
 from mail_agents.ops._layer_native import LayerStack, LayerWeights, State
 from mail_agents.ops._native import load
@@ -113,7 +114,8 @@ class _Plan:
         modules = [owner, *inner]
         self._mixers = [mixer.__dict__ for mixer in mixers]
         self._inner = [module.__dict__ for module in inner]
-        self._hooks = _hooks(inner)
+        self._attributes = list(map(len, self._inner))
+        self._hooks, self._handles = _hooks(inner), RemovableHandle.next_id
         self._child_dicts = [m._modules for m in modules if m._modules]
         self._children = _values(self._child_dicts)
         self._parameter_dicts = [m._parameters for m in modules if m._parameters]
@@ -125,15 +127,27 @@ class _Plan:
 
     def valid(self) -> bool:
         """Whether all is as it was: children, parameters and where they are, and no hooks."""
+        if not self._unwatched():
+            return False
         slots = _values(self._parameter_dicts)
         return (
-            not any(self._hooks)
-            and not _replaced(self._inner)
-            and _values(self._child_dicts) == self._children
+            _values(self._child_dicts) == self._children
             and len(slots) == len(self._slots)
             and all(map(is_, slots, self._slots))
             and self._where() == self._places
         )
+
+    def _unwatched(self) -> bool:
+        """Whether calling the modules would run nothing but their classes' ``forward``.
+
+        Looking into all of them takes most of the time where they are not in the cache, so it is
+        done only after a hook was registered somewhere or one of them got another attribute.
+        """
+        handles, attributes = RemovableHandle.next_id, list(map(len, self._inner))
+        if handles == self._handles and attributes == self._attributes:
+            return True
+        self._handles, self._attributes = handles, attributes
+        return not any(self._hooks) and not _replaced(self._inner)
 
     def backend(self) -> str | None:
         """Returns the ``backend`` of the mixers, or None when they differ."""
@@ -159,10 +173,7 @@ def _hooks(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
 
 def _replaced(attributes: Sequence[dict[str, Any]]) -> bool:
     """Whether a module got another ``forward`` than that of its class."""
-    for found in attributes:  # noqa: SIM110, a generator takes twice the time
-        if "forward" in found:
-            return True
-    return False
+    return any("forward" in found for found in attributes)
 
 
 def _make_plan(owner: nn.Module, layers: Callable[[Any], Layers | None]) -> _Plan | None:
