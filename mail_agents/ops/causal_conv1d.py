@@ -105,7 +105,7 @@ def causal_conv1d_step(
     window = torch.cat((history.to(x.dtype), x.unsqueeze(1)), 1)
     y = (window * weight.to(x.dtype).t()).sum(1)
     if bias is not None:
-        y = y + bias.to(x.dtype)
+        y = y.add_(bias.to(x.dtype))
     return F.silu(y) if activation == "silu" else y, window[:, 1:]
 
 
