@@ -267,8 +267,14 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-#: Modules of the ops; each lists its implementations in ``_CANDIDATES``.
-_OPS = ("selective_scan", "causal_conv1d", "ssd")
+#: Where each op lists its implementations in ``_CANDIDATES``.
+_OPS = {
+    "selective_scan": "mail_agents.ops.selective_scan",
+    "causal_conv1d": "mail_agents.ops.causal_conv1d",
+    "ssd": "mail_agents.ops.ssd",
+    # Whole Mamba layers, without gradients; where it cannot run, they are the ops above.
+    "mamba_layers": "mail_agents.mixers.fused",
+}
 
 
 def backend_report() -> list[dict[str, Any]]:
@@ -283,8 +289,8 @@ def backend_report() -> list[dict[str, Any]]:
         or ``"cuda"``, whose float32 tensors ``"auto"`` gives to this backend on this machine).
     """
     rows = []
-    for op in _OPS:
-        candidates = importlib.import_module(f"mail_agents.ops.{op}")._CANDIDATES
+    for op, module in _OPS.items():
+        candidates = importlib.import_module(module)._CANDIDATES
         devices = {"cuda": torch.cuda.is_available(), "cpu": True}
         for candidate in candidates:
             reason, fix, versions = _state(candidate)

@@ -19,7 +19,9 @@ OPTIONAL = ("D", "z", "delta_bias", "h0", "reset")
 
 @pytest.fixture(autouse=True)
 def needs_numba():
-    pytest.importorskip("numba", reason="needs numba: pip install 'mail-agents[numba]'")
+    failure = backends.probe(backends.NUMBA).failure
+    if failure:
+        pytest.skip(f"needs numba ({failure}): {backends.NUMBA.fix}")
 
 
 @pytest.fixture
