@@ -105,6 +105,11 @@ def refuse_native(*tensors: Tensor | None) -> str | None:
         return "its kernels need tensors on the CPU"
     if any(tensor.dtype == torch.float64 for tensor in present):
         return "its kernels compute in float32, an input is float64"
+    if torch.compiler.is_compiling():
+        return "the call is being traced"
+    other = next((type(x) for x in present if type(x) not in (Tensor, torch.nn.Parameter)), None)
+    if other is not None:  # for example one without memory, which stands for another
+        return f"an input is a {other.__name__}, not a plain tensor"
     return refuse_torch_func() or load().failure or None
 
 

@@ -25,8 +25,7 @@ def opaque_scan(
     inputs: ScanInputs, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """The selective scan in ``dtype``: y (B, L, D) and the last state (B, D, N), if wanted."""
-    ready = [x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
-    arguments: list[Any] = [*ready, backend]
+    arguments: list[Any] = [*inputs.to(dtype), backend]
     y, last, *_ = _scan(*arguments)
     return y.to(inputs.u.dtype), last.transpose(1, 2) if inputs.return_state else None
 
@@ -239,12 +238,14 @@ def _spread(arguments: list[Any], gradients: list[Tensor]) -> tuple[Tensor | Non
 
 def _scan_backward(ctx: Any, dout: Tensor, dlast: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     arguments, kept = _restore(ctx)
-    return _spread(arguments, _scan_gradients(*arguments[:12], *kept, dout, dlast))
+    every: list[Any] = [*arguments[:12], *kept, dout, dlast]
+    return _spread(arguments, _scan_gradients(*every))
 
 
 def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     arguments, _ = _restore(ctx)
-    return _spread(arguments, _conv_gradients(*arguments, dy))
+    every: list[Any] = [*arguments, dy]
+    return _spread(arguments, _conv_gradients(*every))
 
 
 _scan.register_autograd(_scan_backward, setup_context=_setup)

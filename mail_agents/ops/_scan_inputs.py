@@ -1,6 +1,6 @@
 """Arguments of the selective scan as one value, so that backends share a signature."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ class ScanInputs(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """Returns the inputs that are tensors."""
         return [value for value in self if isinstance(value, Tensor)]
+
+    def to(self, dtype: torch.dtype) -> "ScanInputs":
+        """Returns the same inputs with all floating point tensors in ``dtype``."""
+        values: tuple[Any, ...] = tuple(self)
+        floating = (isinstance(x, Tensor) and x.is_floating_point() for x in values)
+        pairs = zip(values, floating, strict=True)
+        return ScanInputs(*(x.to(dtype) if cast else x for x, cast in pairs))
 
     def check(self) -> None:
         """Raises InvalidInputError when a shape or dtype does not fit."""

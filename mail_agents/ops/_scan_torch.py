@@ -67,8 +67,8 @@ def kept_states(batch: int, length: int, width: int, device: torch.device) -> in
 
 def prepare(inputs: ScanInputs) -> ScanInputs:
     """Contiguous sequences and rates; what is absent stays so."""
-    dense = (tensor.contiguous() for tensor in inputs[:5])
-    return ScanInputs(*dense, *inputs[5:])
+    u, delta, A, B, C = (tensor.contiguous() for tensor in inputs[:5])
+    return inputs._replace(u=u, delta=delta, A=A, B=B, C=C)
 
 
 def scan_forward(inputs: ScanInputs, kept: Tensor) -> Forward:
@@ -170,7 +170,9 @@ def _gate_backward(
     return dy
 
 
-def _input_backward(grads: _Gradients, inputs: ScanInputs, rows: slice, dt: Tensor, dy: Tensor) -> None:
+def _input_backward(
+    grads: _Gradients, inputs: ScanInputs, rows: slice, dt: Tensor, dy: Tensor
+) -> None:
     """Gradients of u, delta and bias from those of ``x = dt * u`` and of ``dt``."""
     u, dx, ddt = inputs.u[rows], grads.x[: len(dy)], grads.delta[rows]
     ddt.addcmul_(dx, u)

@@ -30,6 +30,7 @@ from mail_agents.ops.backends import (
 
 Activation = Literal["silu"] | None
 
+
 class _ConvInputs(NamedTuple):
     x: Tensor
     weight: Tensor
@@ -72,8 +73,9 @@ def causal_conv1d(
     bias = None if bias is None else bias.to(x.dtype)
     history = None if history is None else history.to(x.dtype)
     inputs = _ConvInputs(x, weight, bias, activation, history)
-    if tracing(x) and x.numel():
-        y = opaque_conv(x, weight, bias, activation == "silu", history, backend)
+    if tracing(x):
+        opaque = (x, weight, bias, activation == "silu", history, backend)
+        y = opaque_conv(*opaque) if x.numel() else _reference(inputs)
     else:
         y = choose("causal_conv1d", _CANDIDATES, backend, inputs).run(inputs)
     return (y, _next_history(x, weight.shape[1], history)) if return_history else y

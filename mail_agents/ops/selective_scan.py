@@ -97,8 +97,10 @@ def selective_scan(
     )
     inputs.check()
     with _no_autocast(u.device):
-        if tracing(u) and u.numel() and A.numel():
-            y, last = opaque_scan(inputs, _work_dtype(inputs), backend)
+        if tracing(u):
+            full = u.numel() and A.numel()
+            work = _work_dtype(inputs)
+            y, last = opaque_scan(inputs, work, backend) if full else _reference(inputs)
         else:
             y, last = choose("selective_scan", _CANDIDATES, backend, inputs).run(inputs)
     return (y, last) if return_state else y
@@ -199,9 +201,7 @@ def _torch(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
     """The blocked scan of :mod:`mail_agents.ops._scan_torch`."""
     if inputs.u.numel() == 0 or inputs.A.numel() == 0:
         return _reference(inputs)
-    work = _work_dtype(inputs)
-    wide = (t.to(work) if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs)
-    y, last = SelectiveScan.apply(*prepare(ScanInputs(*wide)))  # type: ignore[misc]
+    y, last = SelectiveScan.apply(*prepare(inputs.to(_work_dtype(inputs))))  # type: ignore[misc]
     return y.to(inputs.u.dtype), None if last is None else last.transpose(1, 2)
 
 

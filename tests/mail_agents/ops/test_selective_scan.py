@@ -14,8 +14,20 @@ from mail_agents.ops import (
     selective_scan_step,
     use_backend,
 )
+from mail_agents.ops._native import load
 from mail_agents.ops._scan_inputs import ScanInputs
+from mail_agents.ops.backends import NUMBA, probe
 
+#: Backends that run anywhere on the CPU; ``native`` is skipped where it cannot be compiled.
+FAST = [
+    "torch",
+    pytest.param(
+        "native", marks=pytest.mark.skipif(bool(load().failure), reason=load().failure or "works")
+    ),
+    pytest.param(
+        "numba", marks=pytest.mark.skipif(bool(probe(NUMBA).failure), reason="numba is absent")
+    ),
+]
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0")
 
 
@@ -111,19 +123,31 @@ SIZES = [
     (2, 65, 16, 1),
     (2, 150, 256, 16),
     (1, 257, 33, 8),
-    (1, 1024, 256, 16),
+    (1, 1024, 64, 16),
+    (2, 5, 40, 256),
 ]
+
+
+_EXPECTED = {}
+
+
+def expected(size, resets, inputs, reset):
+    """The float64 reference, once for all backends."""
+    if (size, resets) not in _EXPECTED:
+        wide = {k: v.double() for k, v in inputs.items()}
+        _EXPECTED[size, resets] = gradients(wide, "reference", reset)
+    return _EXPECTED[size, resets]
 
 
 @pytest.mark.parametrize(("B", "L", "D", "N"), SIZES)
 @pytest.mark.parametrize("resets", [False, True])
-def test_float32_torch_backend_equals_float64_reference(B, L, D, N, resets):
+@pytest.mark.parametrize("backend", FAST)
+def test_float32_equals_the_float64_reference(backend, B, L, D, N, resets):
     reset = torch.rand(B, L, generator=torch.Generator().manual_seed(3)) < 0.2 if resets else None
     # z, D, bias and h0 are all present once and all absent once.
     inputs = make(B, L, D, N, optional=("D", "z", "delta_bias", "h0") if resets else ())
-    wide = {k: v.double() for k, v in inputs.items()}
-    wanted = gradients(wide, "reference", reset)
-    assert_near(gradients(inputs, "torch", reset), wanted, 1e-5, f"{(B, L, D, N)}")
+    wanted = expected((B, L, D, N), resets, inputs, reset)
+    assert_near(gradients(inputs, backend, reset), wanted, 1e-5, f"{(B, L, D, N)}")
 
 
 @settings(max_examples=40, deadline=None)
@@ -177,25 +201,27 @@ def test_reference_has_second_derivatives():
     assert torch.autograd.gradgradcheck(run, leaves)
 
 
-def test_gradient_through_output_or_last_state_alone():
-    inputs = make(2, 20, 4, 3, dtype=torch.float64)
+@pytest.mark.parametrize("fast", FAST)
+def test_gradient_through_output_or_last_state_alone(fast):
+    inputs = make(2, 20, 4, 3, dtype=torch.float64 if fast == "torch" else torch.float32)
     for pick in (0, 1):
         results = []
-        for backend in ("reference", "torch"):
+        for backend in ("reference", fast):
             leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
             out = selective_scan(**leaves, return_state=True, backend=backend)[pick]
             grads = torch.autograd.grad(
                 out.square().sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
             )
             results.append(dict(zip(leaves, grads, strict=True)))
-        assert_near(results[1], results[0], 1e-10)
+        assert_near(results[1], results[0], 1e-10 if fast == "torch" else 1e-5)
 
 
-def test_only_some_inputs_need_gradients():
+@pytest.mark.parametrize("backend", FAST)
+def test_only_some_inputs_need_gradients(backend):
     inputs = make(2, 7, 4, 3)
-    wanted = gradients(inputs, "torch")["h0"]
+    wanted = gradients(inputs, backend)["h0"]
     h0 = inputs.pop("h0").requires_grad_()
-    y, h = selective_scan(**inputs, h0=h0, return_state=True, backend="torch")
+    y, h = selective_scan(**inputs, h0=h0, return_state=True, backend=backend)
     g = torch.Generator().manual_seed(1)
     dy, dh = (torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in (y, h))
     torch.testing.assert_close(torch.autograd.grad([y, h], h0, [dy, dh])[0], wanted)
@@ -203,18 +229,19 @@ def test_only_some_inputs_need_gradients():
 
 @pytest.mark.parametrize("shift", [-40.0, -8.0, 6.0, 1e4])
 @pytest.mark.parametrize("rate", [1e-3, 16.0])
-def test_extreme_step_sizes_and_decay_rates(shift, rate):
+@pytest.mark.parametrize("backend", FAST)
+def test_extreme_step_sizes_and_decay_rates(backend, shift, rate):
     inputs = make(2, 300, 8, 4)
     inputs["delta"] = inputs["delta"].abs() + shift
     inputs["A"] = torch.full_like(inputs["A"], -rate)
     wanted = gradients({k: v.double() for k, v in inputs.items()}, "reference")
-    found = gradients(inputs, "torch")
+    found = gradients(inputs, backend)
     assert all(torch.isfinite(v).all() for v in found.values())
     # Rounding of dt * A is amplified by the exponent, as in any float32 implementation.
     assert_near(found, wanted, 1e-4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("name", ["u", "delta", "B", "z"])
 def test_nan_reaches_later_outputs_and_no_earlier_one(backend, name):
     inputs = {k: v.clone() for k, v in make(2, 40, 4, 3).items()}
@@ -226,7 +253,7 @@ def test_nan_reaches_later_outputs_and_no_earlier_one(backend, name):
     assert torch.isnan(later).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 @pytest.mark.parametrize("cut", [0, 1, 7, 30])
 def test_split_sequence_with_carried_state_equals_the_whole(backend, cut):
     inputs = make(2, 30, 8, 4)
@@ -255,7 +282,7 @@ def test_step_loop_equals_the_whole():
     torch.testing.assert_close(h, last, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_reset_starts_a_new_sequence(backend):
     inputs = make(1, 20, 4, 3, optional=("D", "z", "delta_bias"))
     reset = torch.zeros(1, 20, dtype=torch.bool)
@@ -275,10 +302,11 @@ def test_without_softplus():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_inputs_keep_a_float32_state(dtype):
+@pytest.mark.parametrize("backend", FAST)
+def test_half_precision_inputs_keep_a_float32_state(backend, dtype):
     inputs = {k: v.to(dtype) for k, v in make(2, 50, 8, 4).items()}
     inputs["A"], inputs["h0"] = inputs["A"].float(), inputs["h0"].float()
-    y, h = selective_scan(**inputs, return_state=True)
+    y, h = selective_scan(**inputs, return_state=True, backend=backend)
     wanted_y, wanted_h = naive(**inputs)
     assert y.dtype == dtype
     assert h.dtype == torch.float32
@@ -286,23 +314,26 @@ def test_half_precision_inputs_keep_a_float32_state(dtype):
     assert np.abs(y.float().numpy() - wanted_y).max() <= 0.01 * np.abs(wanted_y).max()
 
 
-def test_autocast_does_not_touch_the_recurrence():
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_autocast_does_not_touch_the_recurrence(backend):
     inputs = make(2, 20, 8, 4)
     wanted = gradients(inputs, "torch")
-    for backend in ("torch", "reference"):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert_near(gradients(inputs, backend), wanted, 1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_near(gradients(inputs, backend), wanted, 1e-5)
 
 
-def test_two_threads_give_the_same_numbers():
-    inputs = make(70, 33, 64, 8)
-    wanted = gradients(inputs, "torch")
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("batch", [1, 2, 70])
+def test_two_threads_give_the_same_numbers_every_time(backend, batch):
+    inputs = make(batch, 33, 64, 8)
+    wanted = gradients(inputs, backend)
     torch.set_num_threads(2)
     try:
-        found = gradients(inputs, "torch")
+        found, again = gradients(inputs, backend), gradients(inputs, backend)
     finally:
         torch.set_num_threads(1)
     assert_near(found, wanted, 1e-5)
+    assert all(torch.equal(found[k], again[k]) for k in found)
 
 
 def test_torch_func_transforms_fall_back_to_the_reference():
@@ -314,10 +345,11 @@ def test_torch_func_transforms_fall_back_to_the_reference():
         torch.func.jacrev(lambda u: selective_scan(u, **rest, backend="torch"))(inputs["u"])
 
 
-def test_inputs_are_not_modified():
+@pytest.mark.parametrize("backend", FAST)
+def test_inputs_are_not_modified(backend):
     inputs = make(3, 40, 5, 4)
     before = {k: v.clone() for k, v in inputs.items()}
-    gradients(inputs, "torch")
+    gradients(inputs, backend)
     assert all(torch.equal(inputs[k], before[k]) for k in inputs)
 
 
