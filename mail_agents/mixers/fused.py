@@ -1,4 +1,4 @@
-"""Inference of Mamba layers as one native call, wherever nobody can tell the difference.
+"""Inference of Mamba layers without calling their modules, where nobody can tell the difference.
 
 Modules are a way to describe the computation here, not to run it: hooks on inner modules, replaced
 modules, exotic tensors, gradients or tracing all lead back to the modules themselves.
@@ -14,19 +14,33 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from mail_agents.ops._layer_native import LayerStack, LayerWeights, State
+from mail_agents.ops import _layer_torch
+from mail_agents.ops._layer_native import (
+    CacheLines,
+    LayerStack,
+    LayerWeights,
+    State,
+    addresses,
+)
 from mail_agents.ops._native import load
-from mail_agents.ops.backends import Candidate, choose, refuse_torch_func, requested_backend
+from mail_agents.ops.backends import Candidate, note_backend, refuse_torch_func, requested_backend
 
 #: Norm in front (absent in a mixer on its own) and mixer of every layer, and the norm after them.
 Layers = tuple[list[tuple[nn.Module | None, nn.Module]], nn.Module | None]
 
-_CANDIDATES = (Candidate("native", LayerStack.run, lambda *_: None),)
+#: For the report: what can run, without gradients; elsewhere layers are modules.
+_CANDIDATES = (
+    Candidate("native", LayerStack.run, lambda *_: load().failure or None),
+    Candidate("torch", _layer_torch.step, lambda *_: None),
+)
 _PLAIN = (Tensor, nn.Parameter)
 
 
 class FusedLayers:
-    """Runs the layers of a module in one call of the kernel; one instance per module.
+    """Runs the layers of a module in one go; one instance per module.
+
+    One call of the native kernel where that is to be had, else, for single tokens, few operations
+    of PyTorch.
 
     What it keeps between calls is compared with the module at every call. It is not part of the
     module's state: copies of the module start without it.
@@ -77,15 +91,20 @@ class FusedLayers:
         if plan is None:
             return None
         stack, backend = plan.stack, plan.backend()
-        if backend is None or requested_backend(backend) not in ("auto", "native"):
+        if backend is None or x.dim() != dims or x.shape[-1] != stack.d_model:
             return None
-        if x.dim() != dims or x.shape[-1] != stack.d_model or load().failure:
+        name, failure = requested_backend(backend), load().failure
+        native = name in ("auto", "native") and not failure
+        if not native and (name not in ("auto", "torch") or dims != 2):
             return None
-        table = None if state is None else stack.table(state, x.shape[0])
-        if state is not None and table is None:
+        if state is not None and not stack.takes(state, x.shape[0]):
             return None
-        choose("mamba_layers", _CANDIDATES, backend)
-        return stack.run(x, table, aggregate, return_state)
+        if native:
+            note_backend("mamba_layers", "native", ())
+            return stack.run(x, state, aggregate, return_state)
+        note_backend("mamba_layers", "torch", [f"native: {failure}"] if name == "auto" else ())
+        assert state is not None  # single tokens come with one
+        return _layer_torch.step(stack.parameters, stack.last_norm, stack.eps, x, state, aggregate)
 
 
 def _plain(x: Tensor) -> bool:
@@ -98,7 +117,7 @@ def _watched() -> bool:
         torch.is_autocast_enabled("cpu")
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or refuse_torch_func()
         or nn.modules.module._has_any_global_hook()
     )
@@ -124,9 +143,14 @@ class _Plan:
         # Only these can be transposed in place of themselves.
         self._square = [p for p in self._parameters if p.dim() > 1 and p.shape[0] == p.shape[1]]
         self._places = self._where()
+        self._objects = CacheLines(
+            [id(found) for found in (*self._parameter_dicts, *self._inner, *inner)],
+            [address for p in self._parameters for address in addresses(p)],
+        )
 
     def valid(self) -> bool:
         """Whether all is as it was: children, parameters and where they are, and no hooks."""
+        self._objects.fetch()
         if not self._unwatched():
             return False
         slots = _values(self._parameter_dicts)

@@ -69,40 +69,27 @@ class LayerStack:
         self.d_inner, self.d_state = first.A_log.shape
         self.d_conv = first.conv_weight.shape[-1]
         self.d_model, rank = first.in_weight.shape[1], first.dt_weight.shape[1]
-        self.layers, self._eps, self._alive = len(layers), eps, (layers, last_norm)
+        self.parameters, self.last_norm, self.eps = layers, last_norm, eps
         self._shape = (self.d_model, self.d_inner, self.d_state, self.d_conv, rank)
         self._residual = int(first.norm_weight is not None)
         self._weights = array("q", [_address(part) for layer in layers for part in layer])
         self._last = [_address(part) for part in last_norm]
         self._sizes: tuple[tuple[int, int, int], Any, int] = ((0, 0, 0), None, 0)
 
-    def table(self, state: Sequence[State | None], batch: int) -> "Table | None":
-        """Addresses and strides of the states of all layers; None if the kernel cannot use them."""
+    def takes(self, state: Sequence[State | None], batch: int) -> bool:
+        """Whether the states of all layers are of the right kind to go on from."""
+        if len(state) != len(self.parameters):
+            return False
         history, ssm = (batch, self.d_conv - 1, self.d_inner), (batch, self.d_inner, self.d_state)
-        rows, kept = array("q"), []
-        if len(state) != self.layers:
-            return None
         for pair in state:
             if pair is None or not (_usable(pair[0], history) and _usable(pair[1], ssm)):
-                return None
-            past, now = pair
-            row, step, channel = past.stride()
-            if channel != 1:
-                past = past.contiguous()
-                row, step, channel = past.stride()
-                kept.append(past)
-            strides = now.stride()
-            if strides[1] != 1 and strides[2] != 1:
-                now = now.contiguous()
-                strides = now.stride()
-                kept.append(now)
-            rows.extend((past.data_ptr(), row, step, now.data_ptr(), *strides))
-        return Table(rows, kept)
+                return False
+        return True
 
     def run(
         self,
         x: Tensor,
-        state: Table | None,
+        state: Sequence[State] | None,
         aggregate: Tensor | None,
         return_state: bool,
     ) -> tuple[Tensor, list[State]]:
@@ -110,12 +97,12 @@ class LayerStack:
 
         Args:
             x: (B, L, d), or (B, d) for single tokens.
-            state: Made by :meth:`table`, or None for zero.
+            state: What :meth:`takes` accepts, or None for zero.
             aggregate: Added to the residual stream after every layer, like ``x``.
             return_state: Whether to return the states after the last token.
 
         Returns:
-            Output like ``x``, and the states, which share one block of memory (else an empty list).
+            Output like ``x``, and the states (which share memory blocks), or an empty list.
         """
         library = _library()
         batch, length = x.shape[0], 1 if x.dim() == 2 else x.shape[1]
@@ -123,12 +110,13 @@ class LayerStack:
         x = x.contiguous()
         out = torch.empty_like(x)
         aggregate = None if aggregate is None else aggregate.contiguous()
+        old = None if state is None else _table(state)
         new, histories, ssms = self._states(x, batch) if return_state else ([], 0, 0)
         memory = x.new_empty(scratch)
         library.mamba_layers(
             sizes.buffer_info()[0],
             self._weights.buffer_info()[0],
-            None if state is None else state.rows.buffer_info()[0],
+            None if old is None else old.rows.buffer_info()[0],
             *self._last,
             x.data_ptr(),
             _address(aggregate),
@@ -136,7 +124,7 @@ class LayerStack:
             histories,
             ssms,
             memory.data_ptr(),
-            self._eps,
+            self.eps,
             threads(),
         )
         return out, new
@@ -148,29 +136,69 @@ class LayerStack:
         key = (batch, length, workers)
         known, sizes, scratch = self._sizes
         if known != key:
-            sizes = array("q", [self.layers, batch, length, *self._shape, self._residual])
+            sizes = array("q", [len(self.parameters), batch, length, *self._shape, self._residual])
             scratch = library.mamba_layers_scratch(sizes.buffer_info()[0], workers)
             self._sizes = key, sizes, scratch
         return sizes, scratch
 
     def _states(self, x: Tensor, batch: int) -> tuple[list[State], int, int]:
         """Uninitialised states, and the addresses of all histories and of all other parts."""
-        shape = (self.layers, batch, -1, self.d_inner)
-        past, size = (
-            self.layers * batch * k * self.d_inner for k in (self.d_conv - 1, self.d_state)
-        )
-        histories, ssms = x.new_empty(past + size).split_with_sizes((past, size))
+        lead = (len(self.parameters), batch)
+        histories = x.new_empty(*lead, self.d_conv - 1, self.d_inner)
         # Channels are neighbours in memory, as the kernel works on them.
-        views = ssms.view(shape).transpose(2, 3).unbind()
-        if past:
-            found = list(zip(histories.view(shape).unbind(), views, strict=True))
-        else:
-            found = [(histories.view(batch, 0, self.d_inner), view) for view in views]
-        return found, histories.data_ptr(), ssms.data_ptr()
+        ssms = x.new_empty(*lead, self.d_state, self.d_inner)
+        found = zip(histories.unbind(), ssms.transpose(2, 3).unbind(), strict=True)
+        return list(found), histories.data_ptr(), ssms.data_ptr()
+
+
+class CacheLines:
+    """Memory that is about to be read in an order that the CPU cannot foresee.
+
+    Python objects of a model are scattered, and other work drives them out of the cache between
+    two steps: asking for all of them at once beats waiting for one after the other. An address may
+    have become invalid meanwhile, which does no harm.
+
+    Args:
+        objects: Addresses of small objects.
+        tensors: Addresses of tensor structures, a few cache lines each.
+    """
+
+    def __init__(self, objects: Sequence[int], tensors: Sequence[int]) -> None:
+        lines = [address + 64 * i for address in tensors for i in range(3)]
+        self._lines = array("Q", [*objects, *lines])
+
+    def fetch(self) -> None:
+        """Starts loading; does nothing without the kernels."""
+        library = load().library
+        if library is not None:
+            _declared(library).mamba_fetch(self._lines.buffer_info()[0], len(self._lines))
+
+
+def addresses(tensor: Tensor) -> tuple[int, int, int]:
+    """Returns where a tensor is: the Python object, its structure, and that of its storage."""
+    return id(tensor), tensor._cdata, tensor.untyped_storage()._cdata
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _table(state: Sequence[State]) -> Table:
+    """Addresses and strides of states."""
+    rows, kept = array("q"), []
+    for history, ssm in state:
+        row, step, channel = history.stride()
+        if channel != 1:
+            history = history.contiguous()
+            row, step, channel = history.stride()
+            kept.append(history)
+        strides = ssm.stride()
+        if strides[1] != 1 and strides[2] != 1:
+            ssm = ssm.contiguous()
+            strides = ssm.stride()
+            kept.append(ssm)
+        rows.extend((history.data_ptr(), row, step, ssm.data_ptr(), *strides))
+    return Table(rows, kept)
 
 
 def _usable(tensor: Tensor, shape: tuple[int, ...]) -> bool:
@@ -187,6 +215,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.mamba_layers.argtypes = [*[pointer] * 11, ctypes.c_float, size]
     library.mamba_layers.restype = None
+    library.mamba_fetch.argtypes, library.mamba_fetch.restype = [pointer, size], None
     library.mamba_layers_scratch.argtypes = [pointer, size]
     library.mamba_layers_scratch.restype = size
     return library

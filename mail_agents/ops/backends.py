@@ -169,10 +169,10 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
         for candidate in candidates[:-1]:
             reason = candidate.refuse(*inputs) or _needless(candidate)
             if reason is None:
-                _note(op, candidate.name, skipped)
+                note_backend(op, candidate.name, skipped)
                 return candidate
             skipped.append(f"{candidate.name}: {reason}")
-        _note(op, candidates[-1].name, skipped)
+        note_backend(op, candidates[-1].name, skipped)
         return candidates[-1]
     by_name = {candidate.name: candidate for candidate in candidates}
     if name not in by_name:
@@ -190,7 +190,7 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
             f"Backend {name!r} was requested for {op} and cannot run it: {reason}. "
             "Use backend='auto' to take the fastest one that can."
         )
-    _note(op, name, ["requested by name"])
+    note_backend(op, name, ["requested by name"])
     return candidate
 
 
@@ -236,7 +236,8 @@ def recording_backends(into: dict[str, set[str]]) -> Iterator[None]:
         _recorder.reset(token)
 
 
-def _note(op: str, backend: str, notes: Sequence[str]) -> None:
+def note_backend(op: str, backend: str, notes: Sequence[str]) -> None:
+    """Records that a backend runs an op, and logs it once; ``notes`` say why that one."""
     ran = _recorder.get()
     if ran is not None:
         ran.setdefault(op, set()).add(backend)
