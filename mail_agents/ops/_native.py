@@ -98,6 +98,11 @@ def load() -> Native:
 
 def refuse_native(*tensors: Tensor | None) -> str | None:
     """Returns why the kernels cannot run on these tensors, or None; builds them if needed."""
+    return refuse_memory(*tensors) or load().failure or None
+
+
+def refuse_memory(*tensors: Tensor | None) -> str | None:
+    """Returns why code that works on the memory of CPU tensors in float32 cannot run, or None."""
     from mail_agents.ops.backends import refuse_torch_func  # it imports this module
 
     present = [tensor for tensor in tensors if tensor is not None]
@@ -110,7 +115,7 @@ def refuse_native(*tensors: Tensor | None) -> str | None:
     other = next((type(x) for x in present if type(x) not in (Tensor, torch.nn.Parameter)), None)
     if other is not None:  # for example one without memory, which stands for another
         return f"an input is a {other.__name__}, not a plain tensor"
-    return refuse_torch_func() or load().failure or None
+    return refuse_torch_func()
 
 
 def threads() -> int:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mail_agents.ops._native import threads
+from mail_agents.ops._native import refuse_memory, threads
 from mail_agents.ops._scan_inputs import ScanInputs
-from mail_agents.ops.backends import refuse_torch_func
 
 #: Below this many state updates, starting threads costs more than they save.
 _WORTH_THREADS = 2**22
@@ -27,11 +26,7 @@ _LOG2E = 1.4426950408889634
 
 def refuse(inputs: ScanInputs) -> str | None:
     """Returns why this backend cannot run these inputs, or None; does not look for numba."""
-    if any(tensor.device.type != "cpu" for tensor in inputs.tensors()):
-        return "it needs tensors on the CPU"
-    if any(tensor.dtype == torch.float64 for tensor in inputs.tensors()):
-        return "it computes in float32, an input is float64"
-    return refuse_torch_func()
+    return refuse_memory(*inputs.tensors())
 
 
 def run(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
