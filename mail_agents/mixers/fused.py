@@ -104,7 +104,7 @@ class FusedLayers:
             return stack.run(x, state, aggregate, return_state)
         note_backend("mamba_layers", "torch", [f"native: {failure}"] if name == "auto" else ())
         assert state is not None  # single tokens come with one
-        return _layer_torch.step(stack.parameters, stack.last_norm, stack.eps, x, state, aggregate)
+        return _layer_torch.step(stack, x, state, aggregate)
 
 
 def _plain(x: Tensor) -> bool:

@@ -66,6 +66,8 @@ class LayerStack:
         eps: float,
     ) -> None:
         first = layers[0]
+        #: Filters (W, D) and output weights (D, d), as views.
+        self.transposed = [(p.conv_weight.squeeze(1).t(), p.out_weight.t()) for p in layers]
         self.d_inner, self.d_state = first.A_log.shape
         self.d_conv = first.conv_weight.shape[-1]
         self.d_model, rank = first.in_weight.shape[1], first.dt_weight.shape[1]

@@ -12,55 +12,61 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mail_agents.ops._layer_native import LayerWeights, State
+from mail_agents.ops._layer_native import LayerStack, LayerWeights, State
 
 _LOG2E = math.log2(math.e)
 
 
 def step(
-    layers: Sequence[LayerWeights],
-    last_norm: tuple[Tensor | None, Tensor | None],
-    eps: float,
-    x: Tensor,
-    state: Sequence[State],
-    aggregate: Tensor | None,
+    stack: LayerStack, x: Tensor, state: Sequence[State], aggregate: Tensor | None
 ) -> tuple[Tensor, list[State]]:
-    """Advances all layers by one token (B, d); gradients have to be off.
+    """Advances all layers by one token; gradients have to be off.
 
-    See :class:`mail_agents.ops._layer_native.LayerStack` for the other arguments.
+    Args:
+        stack: The layers.
+        x: Tokens, (B, d).
+        state: History and recurrent state of every layer; not modified.
+        aggregate: Added to the residual stream after every layer, (B, d).
+
+    Returns:
+        Output (B, d), and the states after it.
     """
     after = []
-    rank, n = layers[0].dt_weight.shape[1], layers[0].A_log.shape[1]
-    for weights, old in zip(layers, state, strict=True):
-        x, new = _layer_step(weights, (rank, n, n), eps, x, old)
+    sizes = (stack.parameters[0].dt_weight.shape[1], stack.d_state, stack.d_state)
+    for p, views, old in zip(stack.parameters, stack.transposed, state, strict=True):
+        x, new = _layer_step(p, *views, sizes, stack.eps, x, old)
         if aggregate is not None:
             x.add_(aggregate)
         after.append(new)
-    if last_norm[0] is not None:
-        x = torch.layer_norm(x, x.shape[1:], *last_norm, eps)
+    if stack.last_norm[0] is not None:
+        x = torch.layer_norm(x, x.shape[1:], *stack.last_norm, stack.eps)
     return x, after
 
 
 def _layer_step(
-    p: LayerWeights, sizes: tuple[int, ...], eps: float, x: Tensor, old: State
+    p: LayerWeights,
+    taps: Tensor,
+    out_weight: Tensor,
+    sizes: tuple[int, int, int],
+    eps: float,
+    x: Tensor,
+    old: State,
 ) -> tuple[Tensor, State]:
     history, ssm = old
     residual = p.norm_weight is not None
     normed = torch.layer_norm(x, x.shape[1:], p.norm_weight, p.norm_bias, eps) if residual else x
     u, z = F.linear(normed, p.in_weight, p.in_bias).chunk(2, 1)
     window = torch.cat((history, u.unsqueeze(1)), 1)
-    u = (window * p.conv_weight.squeeze(1).t()).sum(1)
+    u = (window * taps).sum(1)
     if p.conv_bias is not None:
         u.add_(p.conv_bias)
     u = torch._C._nn.silu_(u)
     dt, B, C = F.linear(u, p.x_weight).split_with_sizes(sizes, 1)
     dt = F.softplus(F.linear(dt, p.dt_weight, p.dt_bias))
-    ssm_new = (dt * -_LOG2E).unsqueeze(2) * p.A_log.exp()
-    ssm_new.exp2_().mul_(ssm).addcmul_((dt * u).unsqueeze(2), B.unsqueeze(1))
-    y = (ssm_new * C.unsqueeze(1)).sum(2).addcmul_(u, p.D).mul_(torch._C._nn.silu(z))
-    if not residual:
-        return F.linear(y, p.out_weight, p.out_bias), (window[:, 1:], ssm_new)
-    out = torch.addmm(x, y, p.out_weight.t())
+    new = (dt * -_LOG2E).unsqueeze(2) * p.A_log.exp()
+    new.exp2_().mul_(ssm).addcmul_((dt * u).unsqueeze(2), B.unsqueeze(1))
+    y = (new * C.unsqueeze(1)).sum(2).addcmul_(u, p.D).mul_(torch._C._nn.silu(z))
+    out = torch.addmm(x, y, out_weight) if residual else torch.mm(y, out_weight)
     if p.out_bias is not None:
         out.add_(p.out_bias)
-    return out, (window[:, 1:], ssm_new)
+    return out, (window[:, 1:], new)
