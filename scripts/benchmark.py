@@ -26,7 +26,6 @@ from mail_agents.storage import write_atomic
 # A log has no width of its own; tables are unreadable in the 80 columns that rich assumes.
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
-_NAMES = ("ops", "block", "train", "plan", "stream", "loader", "windows", "dt", "docs")
 Subject = (
     Annotated[subjects.Ops, tyro.conf.subcommand("ops")]
     | Annotated[subjects.Block, tyro.conf.subcommand("block")]

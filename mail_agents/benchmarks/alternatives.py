@@ -63,6 +63,8 @@ def transformers() -> Found:
         mamba2 = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
     except Exception as error:
         return _failure("transformers", error, EXTRA_COMMAND)
+    if not hasattr(mamba, "mamba_selective_scan"):
+        return Found({}, f"transformers: {package.__version__} is too old: {EXTRA_COMMAND}")
     if "mamba_ssm" in sys.modules:
         return Found({}, "transformers: takes the kernels of mamba_ssm here, not its slow path")
     package.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Arguments of every subject of ``scripts/benchmark.py``; imports no torch, so that help is fast."""
+"""Arguments of ``scripts/benchmark.py``; imports no torch, so that help is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path

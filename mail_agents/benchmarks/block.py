@@ -185,7 +185,7 @@ def _add(
 def _time_mamba(arguments: Block, report: Report) -> None:
     results, on_gpu = {}, torch.device(arguments.device).type == "cuda"
     for size in (*arguments.mamba, *(FULL_MAMBA if arguments.full else ())):
-        label = " × ".join(map(str, size))
+        label = " x ".join(map(str, size))
         found, layer = mamba_layers(size, arguments, report.absent)
         results[label] = best, _ = _time_layers(found, layer, size, arguments)
         if on_gpu or size not in Block.mamba:
@@ -196,19 +196,19 @@ def _time_mamba(arguments: Block, report: Report) -> None:
         )
         report.bars += _bars(text, best, MAMBA_BARS.get(size[1], {}))
     others = (MAMBAPY, SLOW, OFFICIAL) if on_gpu else (MAMBAPY, SLOW)
-    title = "Mamba layer, forward and backward (batch × steps × width)"
+    title = "Mamba layer, forward and backward (batch x steps x width)"
     _add(report, arguments, Mamba, title, others, results)
 
 
 def _time_mamba2(arguments: Block, report: Report) -> None:
     results, on_gpu = {}, torch.device(arguments.device).type == "cuda"
     for size in (*arguments.mamba2, *(FULL_MAMBA2 if arguments.full else ())):
-        label = " × ".join(map(str, size))
+        label = " x ".join(map(str, size))
         found, layer = mamba2_layers(size, arguments, report.absent)
         results[label] = best, _ = _time_layers(found, layer, size, arguments)
         if not on_gpu and size in (*Block.mamba2, *FULL_MAMBA2):
             report.bars += _bars(f"Mamba-2 {label}", best, MAMBA2_BARS.get(size[1], {}))
-    title = "Mamba-2 layer, forward and backward (batch × steps × width × states)"
+    title = "Mamba-2 layer, forward and backward (batch x steps x width x states)"
     _add(report, arguments, Mamba2, title, (SLOW, SMALL_CHUNK), results)
 
 

@@ -60,7 +60,8 @@ def _bars(chart: Chart) -> Figure:
         ax.set_xscale("log")
         ax.invert_yaxis()
         for row, value in enumerate(values.values()):
-            ax.text(value, row, f" {value:.3g}", va="center", fontsize=8, color=_INK)
+            text = f" {value:,.0f}" if value >= 100 else f" {value:.3g}"
+            ax.text(value, row, text, va="center", fontsize=8, color=_INK)
         ax.margins(x=0.18)
         ax.set_title(f"{heading}, {chart.unit}", loc="left", fontsize=9, color=_INK)
         ax.grid(axis="x", color=_FAINT, linewidth=0.6)

@@ -67,7 +67,7 @@ def time_convolutions(arguments: Ops, report: Report) -> None:
     tolerance = TOLERANCE[getattr(torch, arguments.dtype)]
     rows, panels, figures = [], {}, {}
     for size in (*arguments.conv, *(FULL if arguments.full else ())):
-        label = " × ".join(map(str, size))
+        label = " x ".join(map(str, size))
         found = conv_candidates(size, arguments, report.absent)
         candidates = [each.candidate() for each in found.values()]
         errors = check_equal(candidates, tolerance, found[TRANSPOSED].candidate())
@@ -81,7 +81,7 @@ def time_convolutions(arguments: Ops, report: Report) -> None:
                 Bar(f"conv {label}: {ours}", ratio(best, TRANSPOSED, ours), required)
                 for ours, required in BARS.get(size[1], {}).items()
             ]
-    title = "Causal convolution and SiLU, forward and backward (batch × steps × channels)"
+    title = "Causal convolution and SiLU, forward and backward (batch x steps x channels)"
     report.tables.append(Table("ops conv", title, ("convolution", *columns), tuple(rows)))
     report.charts.append(Chart(title, "ms", panels, ours=BACKENDS[kind]))
     report.figures["conv"] = figures

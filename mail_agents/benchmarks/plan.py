@@ -97,9 +97,7 @@ def _batch(rows: int, arguments: Plan) -> dict[str, Tensor]:
     return {key: value.to(arguments.device) for key, value in batch.items()}
 
 
-def _planner(
-    plan: Callable[[], Tensor], arguments: Plan, backend: str
-) -> Callable[[], Tensor]:
+def _planner(plan: Callable[[], Tensor], arguments: Plan, backend: str) -> Callable[[], Tensor]:
     kind = torch.device(arguments.device).type
     half = arguments.dtype != "float32"
 

@@ -15,7 +15,7 @@ from mail_agents.benchmarks.charts import Chart, draw
 from mail_agents.errors import InvalidInputError, unknown_name
 from mail_agents.storage import write_atomic
 
-MISSING = "–"
+MISSING = "-"
 BAR_HEADER = ("measurement", "measured", "bar", "result")
 #: A table in a page of the docs: ``<!-- table: NAME -->``, the table, ``<!-- end of table -->``.
 _MARKED = re.compile(r"(<!-- table: ([\w -]+?) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
@@ -172,7 +172,7 @@ def times_row(
         if name not in seconds:
             cells.append(MISSING)
         elif unit in seconds:
-            cells.append(f"{duration(seconds[name])} ({seconds[name] / seconds[unit]:.3g}×)")
+            cells.append(f"{duration(seconds[name])} ({seconds[name] / seconds[unit]:.3g}x)")
         else:
             cells.append(duration(seconds[name]))
     return label, *cells

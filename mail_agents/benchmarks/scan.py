@@ -11,12 +11,13 @@ from mail_agents.benchmarks import alternatives
 from mail_agents.benchmarks.arguments import Ops
 from mail_agents.benchmarks.charts import Chart
 from mail_agents.benchmarks.gradients import TOLERANCE, Differentiated, runnable
-from mail_agents.benchmarks.report import Bar, Report, Table, ratio, times_row
+from mail_agents.benchmarks.report import MISSING, Bar, Report, Table, ratio, times_row
 from mail_agents.benchmarks.timing import (
     check_equal,
     interleaved,
     peak_bytes,
     relative_error,
+    rms_error,
     stopwatch,
 )
 from mail_agents.ops import selective_scan
@@ -79,9 +80,7 @@ def _mambapy_scan(
     return block.selective_scan(None, u, step, A, B, C, D) * F.silu(z)
 
 
-def scan_candidates(
-    size: Size, arguments: Ops, absent: list[str]
-) -> dict[str, Differentiated]:
+def scan_candidates(size: Size, arguments: Ops, absent: list[str]) -> dict[str, Differentiated]:
     """Everything that can run a scan of this size here, by column."""
     kind = torch.device(arguments.device).type
     inputs = scan_inputs(size, arguments.seed, arguments.device, getattr(torch, arguments.dtype))
@@ -153,7 +152,7 @@ def time_scans(arguments: Ops, report: Report) -> None:
     watch = stopwatch(arguments.device, arguments.threads)
     rows, panels, figures = [], {}, {}
     for size in (*arguments.scan, *(FULL if arguments.full else ())):
-        label = " × ".join(map(str, size))
+        label = " x ".join(map(str, size))
         found = scan_candidates(size, arguments, report.absent)
         candidates = [each.candidate() for each in found.values()]
         if kind == "cuda":  # pragma: needs gpu
@@ -170,7 +169,7 @@ def time_scans(arguments: Ops, report: Report) -> None:
                 Bar(f"scan {label}: {ours} against {other}", ratio(best, other, ours), required)
                 for (other, ours), required in bars_of(size).items()
             ]
-    title = "Selective scan, forward and backward (batch × steps × channels)"
+    title = "Selective scan, forward and backward (batch x steps x channels)"
     report.tables.append(Table("ops scan", title, ("scan", *columns), tuple(rows)))
     report.charts.append(Chart(title, "ms", panels, ours=BACKENDS[kind]))
     report.figures["scan"] = figures
@@ -182,11 +181,11 @@ def measure_memory(arguments: Ops, report: Report) -> None:
     columns = tuple(name for name in COLUMNS[kind] if "graph" not in name)
     rows, figures = [], {}
     for size in arguments.memory:
-        label = " × ".join(map(str, size))
+        label = " x ".join(map(str, size))
         found = scan_candidates(size, arguments, [])
         peaks = {name: peak_bytes(each, arguments.device) for name, each in found.items()}
         known = {name: peak for name, peak in peaks.items() if peak is not None}
-        cells = (f"{known[name] / 2**20:.0f} MB" if name in known else "–" for name in columns)
+        cells = (f"{known[name] / 2**20:.0f} MB" if name in known else MISSING for name in columns)
         rows.append((label, *cells))
         figures[label] = known
         if kind == "cpu" and size == (64, 60, 512):
@@ -199,13 +198,22 @@ def measure_memory(arguments: Ops, report: Report) -> None:
     report.figures["memory"] = figures
 
 
+def _errors(given: list[Tensor], exact: list[Tensor]) -> dict[str, tuple[float, float]]:
+    """Mean and largest error of the result and of the gradient of every input, by name."""
+    names = ("result", *scan_inputs((1, 1, 1), 0))
+    return {
+        name: (rms_error([a], [b]), relative_error([a], [b]))
+        for name, a, b in zip(names, given, exact, strict=True)
+    }
+
+
 def measure_accuracy(arguments: Ops, report: Report) -> None:
     """Adds the rounding errors of result and gradients against float64."""
     kind = torch.device(arguments.device).type
     names = tuple(n for n in COLUMNS[kind] if "graph" not in n and n != SLOW)
-    rows, worst = [], {}
+    rows, worst, detail = [], {}, {}
     for size in arguments.accuracy:
-        label = " × ".join(map(str, size))
+        label = " x ".join(map(str, size))
         found = scan_candidates(size, arguments, [])
         inputs = scan_inputs(size, arguments.seed, arguments.device)
         exact = Differentiated(
@@ -214,23 +222,23 @@ def measure_accuracy(arguments: Ops, report: Report) -> None:
             {name: value.double() for name, value in inputs.items()},
             next(iter(found.values())).upstream.double(),
         ).outputs()
-        for part, chosen in (("result", slice(0, 1)), ("gradients", slice(1, None))):
-            cells = [f"{label}, {part}"]
-            for name in names:
-                if name not in found or (name == OFFICIAL and size[1] > 60):
-                    cells.append("–")
-                    continue
-                error = relative_error(found[name].outputs()[chosen], exact[chosen])
-                worst[name, part] = max(worst.get((name, part), 0.0), error)
-                cells.append(f"{error:.1e}")
-            rows.append(tuple(cells))
-    title = "Largest rounding error against float64, in units of the largest value"
+        detail[label] = errors = {
+            name: _errors(each.outputs(), exact) for name, each in found.items() if name in names
+        }
+        for part, chosen in (("result", ["result"]), ("gradients", list(inputs))):
+            cells = dict.fromkeys(names, MISSING)
+            for name, each in errors.items():
+                mean, largest = (max(each[key][place] for key in chosen) for place in (0, 1))
+                worst[name, part] = max(worst.get((name, part), 0.0), mean)
+                cells[name] = f"{mean:.1e}, {largest:.1e}"
+            rows.append((f"{label}, {part}", *cells.values()))
+    title = "Rounding error against float64: root mean square, and largest"
     report.tables.append(Table("ops accuracy", title, ("scan", *names), tuple(rows)))
-    report.figures["accuracy"] = {f"{name}, {part}": e for (name, part), e in worst.items()}
+    report.figures["accuracy"] = detail
     if kind == "cpu":
         report.bars += [
             Bar(
-                f"error of native / reference, {part}",
+                f"rounding error of native / reference, {part}",
                 ratio({n: e for (n, p), e in worst.items() if p == part}, "native", "reference"),
                 1.0,
                 at_most=True,

@@ -107,7 +107,7 @@ def time_duality(arguments: Ops, report: Report) -> None:
     tolerance = 5 * TOLERANCE[getattr(torch, arguments.dtype)]  # chunked sums round in float32
     rows, panels, figures = [], {}, {}
     for size in (*arguments.ssd, *(FULL if arguments.full else ())):
-        label = " × ".join(map(str, size))
+        label = " x ".join(map(str, size))
         found = ssd_candidates(size, arguments, report.absent)
         candidates = [each.candidate() for each in found.values()]
         errors = check_equal(candidates, tolerance, found["reference"].candidate())
@@ -122,7 +122,7 @@ def time_duality(arguments: Ops, report: Report) -> None:
                 Bar(f"ssd {label}: torch against {other}", ratio(best, other, "torch"), required)
                 for other, required in BARS.get(size[1], {}).items()
             ]
-    title = "State space duality, forward and backward (batch × steps × channels × states)"
+    title = "State space duality, forward and backward (batch x steps x channels x states)"
     report.tables.append(Table("ops ssd", title, ("ssd", *columns), tuple(rows)))
     report.charts.append(Chart(title, "ms", panels, ours=BACKENDS[kind]))
     report.figures["ssd"] = figures

@@ -181,6 +181,20 @@ def relative_error(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return worst
 
 
+def rms_error(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Root mean square difference, in units of the wanted values' own; the worst output counts.
+
+    Unlike the largest difference it does not hang on the rounding of a single number.
+    """
+    worst = 0.0
+    for a, b in zip(given, wanted, strict=True):
+        if b.numel():
+            a, b = a.detach().double(), b.detach().double()
+            scale = float(b.square().mean().sqrt()) or 1.0
+            worst = max(worst, float((a - b).square().mean().sqrt()) / scale)
+    return worst
+
+
 def graphed(function: Callable[[], Any]) -> Callable[[], Any]:  # pragma: needs gpu
     """Captures a function of fixed tensors as a CUDA graph and returns what replays it."""
     stream = torch.cuda.Stream()

@@ -88,9 +88,7 @@ def with_mixers(model: nn.Module, kind: Callable[[Mamba], nn.Module]) -> nn.Modu
 
 def build(agent: str, arguments: Train) -> MailBackbone:
     """The sequence model of a preset at the paper's feature and action sizes."""
-    config: Any = spec(agent).config(
-        {"history": arguments.history, "horizon": arguments.horizon}
-    )
+    config: Any = spec(agent).config({"history": arguments.history, "horizon": arguments.horizon})
     torch.manual_seed(arguments.seed)
     return MailBackbone(
         feature_dim=256,
@@ -152,9 +150,7 @@ def run(arguments: Train) -> Report:
     ]
     equal = _those_that_run(candidates, report)
     error = max(check_equal(equal, 1e-4).values())
-    chosen = {each.name: models[each.name] for each in equal} | {
-        arguments.twin: (twin, "auto")
-    }
+    chosen = {each.name: models[each.name] for each in equal} | {arguments.twin: (twin, "auto")}
     functions = {
         name: make_step(model, inputs, noisy, arguments, backend)
         for name, (model, backend) in chosen.items()

@@ -3,12 +3,13 @@
 CORL's own file is not here: a stand-in has its interface and its number of parameters.
 """
 
-import json
 import sys
 
 import numpy as np
 import pytest
 
+from mail_agents.benchmarks import dt
+from mail_agents.benchmarks.arguments import Dt
 from mail_agents.errors import InvalidInputError, MailAgentsError
 
 STAND_IN = '''
@@ -87,11 +88,6 @@ SMALL = {"episodes": 1, "batch_size": 2, "updates": 1, "rounds": 1}
 
 
 @pytest.fixture
-def script(load_script):
-    return load_script("benchmark_dt")
-
-
-@pytest.fixture
 def corl(tmp_path):
     """Writes the stand-in; 728,579 is the size of CORL's model in Hopper."""
 
@@ -103,24 +99,24 @@ def corl(tmp_path):
     return write
 
 
-def test_it_times_both_on_the_same_trajectories(script, corl, tmp_path, capsys):
-    output = tmp_path / "figures.json"
+def test_it_times_both_on_the_same_trajectories(corl):
     before = set(sys.modules)
-    figures = script.main(script.Args(corl(), **SMALL, output=str(output)))
-    assert list(figures["seconds"]) == ["dt-corl, ours", "CORL's dt.py"]
-    assert all(len(times) == 1 and times[0] > 0 for times in figures["seconds"].values())
-    assert json.loads(output.read_text("utf-8"))["args"]["batch_size"] == 2
-    printed = capsys.readouterr().out
-    assert "times ours" in printed
-    assert "728,579 parameters each" in printed
+    report = dt.run(Dt(corl=corl(), **SMALL))
+    seconds = report.figures["seconds"]
+    assert list(seconds) == ["dt-corl, ours", "CORL's dt.py"]
+    assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
+    (table,) = report.tables
+    assert [row[0] for row in table.rows] == list(seconds)
+    assert table.rows[0][-1] == "1.00"
+    assert "728,579 parameters each" in report.notes[0]
     # What stood in for the simulator and logging packages is gone again.
     assert not {"d4rl", "gym", "pyrallis", "wandb"} & (set(sys.modules) - before)
 
 
-def test_the_other_code_gets_the_data_and_hidden_padding(script, corl):
-    module = script.load_corl(corl())
-    dataset = script.make_dataset(2)
-    update, size = script.corl_update(module, dataset, script.Args(corl(), **SMALL))
+def test_the_other_code_gets_the_data_and_hidden_padding(corl):
+    module = dt.load_corl(corl())
+    dataset = dt.make_dataset(2)
+    update, size = dt.corl_update(module, dataset, Dt(corl=corl(), **SMALL))
     update()
     assert size == 728_579
     arrays = module.SequenceDataset.arrays
@@ -133,34 +129,34 @@ def test_the_other_code_gets_the_data_and_hidden_padding(script, corl):
     assert mask.tolist() == [[False] * 17 + [True] * 3] * 2
 
 
-def test_both_learn(script, corl, monkeypatch):
-    made, make = [], script.mail_agents.make
+def test_both_learn(corl, monkeypatch):
+    made, make = [], dt.mail_agents.make
     monkeypatch.setattr(
-        script.mail_agents, "make", lambda *a, **k: made.append(make(*a, **k)) or made[-1]
+        dt.mail_agents, "make", lambda *a, **k: made.append(make(*a, **k)) or made[-1]
     )
-    dataset, args = script.make_dataset(1), script.Args(corl(), **SMALL)
-    ours, _ = script.our_update(dataset, args)
-    module = script.load_corl(corl())
-    theirs, _ = script.corl_update(module, dataset, args)
+    dataset, arguments = dt.make_dataset(1), Dt(corl=corl(), **SMALL)
+    ours, _ = dt.our_update(dataset, arguments)
+    module = dt.load_corl(corl())
+    theirs, _ = dt.corl_update(module, dataset, arguments)
     for update, model in ((ours, made[0].policy), (theirs, module.DecisionTransformer.made[0])):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         update()
         assert any(not value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-def test_unequal_models_are_refused(script, corl):
+def test_unequal_models_are_refused(corl):
     with pytest.raises(MailAgentsError, match="728579 parameters against 728580: an unfair"):
-        script.main(script.Args(corl(728_580), **SMALL))
+        dt.run(Dt(corl=corl(728_580), **SMALL))
 
 
-def test_other_files_are_refused(script, tmp_path):
+def test_other_files_are_refused(tmp_path):
     with pytest.raises(InvalidInputError, match=r"nowhere\.py does not exist; download"):
-        script.load_corl(tmp_path / "nowhere.py")
+        dt.load_corl(tmp_path / "nowhere.py")
     other = tmp_path / "other.py"
     other.write_text("import gym\n")
     with pytest.raises(InvalidInputError, match=r"other\.py is not CORL's"):
-        script.load_corl(other)
+        dt.load_corl(other)
     page = tmp_path / "page.py"
     page.write_text("<!DOCTYPE html>\n")
     with pytest.raises(InvalidInputError, match=r"page\.py cannot be imported: invalid syntax"):
-        script.load_corl(page)
+        dt.load_corl(page)

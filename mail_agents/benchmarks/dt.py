@@ -1,68 +1,36 @@
-"""Time Decision Transformer training against CORL's single file, data loading included.
+"""The subject ``dt``: Decision Transformer training against CORL's single file."""
 
-    curl -O https://raw.githubusercontent.com/corl-team/CORL/main/algorithms/offline/dt.py
-    python scripts/benchmark_dt.py --corl dt.py
-
-Both train the model of CORL's defaults (3 layers of width 128, 20 steps of context, batch 64,
-AdamW, clipped gradients) with equal parameter counts on the same trajectories, in one process,
-taking turns. A round is --updates whole updates: windows, forward, backward, clip, step. CORL's
-file is imported as it is, with stand-ins for the simulator and logging packages, which an update
-never calls. Expect a table with the time per update and the ratio.
-"""
-
+import dataclasses
 import importlib.util
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 
 import mail_agents
+from mail_agents.benchmarks.arguments import Dt
+from mail_agents.benchmarks.charts import Chart
+from mail_agents.benchmarks.report import Report, Table, duration
+from mail_agents.benchmarks.timing import interleaved, stopwatch
 from mail_agents.data.dataset import MemoryDataset
 from mail_agents.data.episode import Episode
 from mail_agents.data.windows import BatchSampler
 from mail_agents.errors import InvalidInputError, MailAgentsError
 
+OURS, CORL = "dt-corl, ours", "CORL's dt.py"
+HEADER = ("update", "minimum", "median", "times ours")
 #: What CORL's file imports and an update does not call.
 _STANDINS = ("d4rl", "gym", "pyrallis", "wandb")
 
 
-@dataclass(frozen=True)
-class Args:
-    """Benchmark Decision Transformer training against CORL."""
-
-    corl: Path
-    """CORL's algorithms/offline/dt.py."""
-    episodes: int = 50
-    """Trajectories of 1000 steps, of random numbers in Hopper's shapes."""
-    batch_size: int = 64
-    """Windows per update."""
-    updates: int = 10
-    """Updates per round."""
-    rounds: int = 5
-    """Timed rounds, after one warm-up."""
-    threads: int = 1
-    """Threads of torch."""
-    workers: int = 0
-    """CORL's data loader processes; with 0 it samples in the training process, as ours does."""
-    output: str | None = None
-    """JSON file for the figures."""
-
-
-def make_dataset(episodes: int) -> MemoryDataset:
+def make_dataset(episodes: int, seed: int = 0) -> MemoryDataset:
     """Random trajectories with Hopper's sizes: 11 observations, 3 actions, 1000 steps."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return MemoryDataset(
         [
             Episode(
@@ -115,7 +83,9 @@ def load_corl(path: Path) -> Any:
     return module
 
 
-def corl_update(module: Any, dataset: MemoryDataset, args: Args) -> tuple[Callable[[], None], int]:
+def corl_update(
+    module: Any, dataset: MemoryDataset, arguments: Dt
+) -> tuple[Callable[[], None], int]:
     """One update of CORL's model on CORL's loader, and its number of parameters."""
     flat = [dataset.episode(index) for index in range(len(dataset))]
     arrays = {
@@ -129,7 +99,9 @@ def corl_update(module: Any, dataset: MemoryDataset, args: Args) -> tuple[Callab
     module.gym = SimpleNamespace(make=lambda name: source)
     settings = module.TrainConfig()
     windows = module.SequenceDataset("random", settings.seq_len, settings.reward_scale)
-    loader = torch.utils.data.DataLoader(windows, args.batch_size, num_workers=args.workers)
+    loader = torch.utils.data.DataLoader(
+        windows, arguments.batch_size, num_workers=arguments.workers
+    )
     model = module.DecisionTransformer(
         state_dim=11,
         action_dim=3,
@@ -161,15 +133,15 @@ def corl_update(module: Any, dataset: MemoryDataset, args: Args) -> tuple[Callab
     return update, sum(p.numel() for p in model.parameters())
 
 
-def our_update(dataset: MemoryDataset, args: Args) -> tuple[Callable[[], None], int]:
+def our_update(dataset: MemoryDataset, arguments: Dt) -> tuple[Callable[[], None], int]:
     """One update of ``dt-corl``, and its number of parameters."""
     agent = mail_agents.make(
-        "dt-corl", dataset.features, action_norm="identity", device="cpu", seed=0
+        "dt-corl", dataset.features, action_norm="identity", device="cpu", seed=arguments.seed
     )
     agent.fit_statistics(dataset)
     agent.configure_optim()
     windows = dataset.windows(agent.window_spec)
-    sampler = BatchSampler(len(windows), args.batch_size, seed=0)
+    sampler = BatchSampler(len(windows), arguments.batch_size, seed=arguments.seed)
 
     def update() -> None:
         agent.update(windows[next(sampler)])
@@ -177,44 +149,54 @@ def our_update(dataset: MemoryDataset, args: Args) -> tuple[Callable[[], None], 
     return update, sum(p.numel() for p in agent.policy.parameters())
 
 
-def main(args: Args) -> dict[str, Any]:
-    """Times both and prints the table."""
-    torch.set_num_threads(args.threads)
-    dataset = make_dataset(args.episodes)
-    ours, our_size = our_update(dataset, args)
-    corl, corl_size = corl_update(load_corl(args.corl), dataset, args)
+def _repeated(update: Callable[[], None], count: int) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(count):
+            update()
+
+    return several
+
+
+def run(arguments: Dt) -> Report:
+    """Measures updates of both in turn.
+
+    Raises:
+        MailAgentsError: The two models differ in size.
+        InvalidInputError: The file is not CORL's.
+    """
+    torch.set_num_threads(arguments.threads)
+    dataset = make_dataset(arguments.episodes, arguments.seed)
+    ours, our_size = our_update(dataset, arguments)
+    corl, corl_size = corl_update(load_corl(arguments.corl), dataset, arguments)
     if our_size != corl_size:
         raise MailAgentsError(f"{our_size} parameters against {corl_size}: an unfair comparison.")
-    functions = {"dt-corl, ours": ours, "CORL's dt.py": corl}
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(args.rounds + 1):
-        for name, update in functions.items():
-            began = time.perf_counter()
-            for _ in range(args.updates):
-                update()
-            if round_number:
-                times[name].append((time.perf_counter() - began) / args.updates)
-
-    best = {name: min(values) for name, values in times.items()}
-    table = Table("update", "min ms", "median ms", "times ours")
-    for name, values in times.items():
-        ratio = best[name] / best["dt-corl, ours"]
-        median = f"{1e3 * statistics.median(values):.1f}"
-        table.add_row(name, f"{1e3 * best[name]:.1f}", median, f"{ratio:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{our_size:,} parameters each, batch {args.batch_size}, {args.threads} thread(s), "
-        f"{args.workers} loader processes for CORL, {args.rounds} rounds of {args.updates} updates"
+    # Loader processes do their work outside of this one: only wall time sees it.
+    watch = stopwatch("cpu", 0)
+    functions = {OURS: _repeated(ours, arguments.updates), CORL: _repeated(corl, arguments.updates)}
+    times = interleaved(functions, arguments.rounds, watch, shortest=0.0)
+    count = arguments.updates
+    rows = tuple(
+        (
+            name,
+            duration(each.best / count),
+            duration(each.median / count),
+            f"{each.best / times[OURS].best:.2f}",
+        )
+        for name, each in times.items()
     )
-    figures = {"args": asdict(args) | {"corl": str(args.corl)}, "seconds": times}
-    if args.output is not None:
-        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return figures
-
-
-if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except MailAgentsError as error:
-        sys.exit(f"error: {error}")
+    conditions = (
+        f"torch {torch.__version__}, {arguments.threads} thread(s), wall time, "
+        f"{arguments.rounds} rounds of {count} updates"
+    )
+    report = Report("dt", dataclasses.asdict(arguments), conditions)
+    report.tables.append(Table("dt", "A whole update of Decision Transformer", HEADER, rows))
+    report.notes.append(
+        f"{our_size:,} parameters each, batch {arguments.batch_size}, {arguments.workers} loader "
+        "processes for CORL"
+    )
+    best = {name: 1e3 * each.best / count for name, each in times.items()}
+    report.charts.append(Chart("Decision Transformer", "ms", {"update": best}, ours=(OURS,)))
+    report.figures = {
+        "seconds": {name: [t / count for t in each.rounds] for name, each in times.items()}
+    }
+    return report

@@ -1,37 +1,34 @@
 """The loader benchmark runs, counts waiting, and judges by its bar."""
 
-import json
+import dataclasses
 import os
 import time
 
 import pytest
 
+from mail_agents.benchmarks import loader
+from mail_agents.benchmarks.arguments import Loader
 from mail_agents.data.views import StepView
 from mail_agents.errors import InvalidInputError
 
-SMALL = {
-    "agent": "mail/d-tr-bc",
-    "histories": (1, 2),
-    "batch_size": 4,
-    "rows": 2,
-    "steps": 2,
-    "episodes": 2,
-    "length": 6,
-    "image_size": 40,
-}
+SMALL = Loader(
+    agent="mail/d-tr-bc",
+    histories=(1, 2),
+    batch_size=4,
+    rows=2,
+    rounds=2,
+    episodes=2,
+    length=6,
+    image_size=40,
+    bar=1.0,
+)
 
 
-@pytest.fixture
-def script(load_script):
-    return load_script("benchmark_loader")
-
-
-def test_it_measures_and_judges(script, tmp_path, capsys):
-    output = tmp_path / "out" / "loader.json"
-    assert script.main(script.Args(**SMALL, bar=1.0, output=output)) == 0
-    figures = json.loads(output.read_text(encoding="utf-8"))
-    assert [row["history"] for row in figures["rows"]] == [1, 2]
-    for row in figures["rows"]:
+def test_it_measures_and_judges():
+    report = loader.run(SMALL)
+    found = report.figures["rows"]
+    assert [row["history"] for row in found] == [1, 2]
+    for row in found:
         assert row["windows_per_second"] > 0
         for name in ("on_demand", "ahead"):
             wait, step = row[f"{name}_wait_seconds"], row[f"{name}_step_seconds"]
@@ -39,8 +36,13 @@ def test_it_measures_and_judges(script, tmp_path, capsys):
             # Half of each batch is trained on: a step on all of it takes twice as long.
             whole = wait / (wait + 2 * step)
             assert row[f"{name}_share_of_whole_batches"] == pytest.approx(whole)
-    assert figures["worst"] == max(row["ahead_share"] for row in figures["rows"])
-    assert "the store delivers" in capsys.readouterr().out
+    assert report.figures["worst"] == max(row["ahead_share"] for row in found)
+    assert report.met
+    (table,) = report.tables
+    assert [row[:2] for row in table.rows] == [
+        ("1", "on demand"), ("1", "read ahead"), ("2", "on demand"), ("2", "read ahead"),
+    ]  # fmt: skip
+    assert any("the store delivers" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -48,25 +50,25 @@ def test_it_measures_and_judges(script, tmp_path, capsys):
     [
         ({"rows": 0}, "--rows starts at 1"),
         ({"rows": 5}, "--rows 5 are more than a batch has"),
-        ({"steps": 0}, "--steps starts at 1"),
+        ({"rounds": 0}, "--rounds starts at 1"),
     ],
 )
-def test_counts_that_measure_nothing_are_refused(script, changes, words):
+def test_counts_that_measure_nothing_are_refused(changes, words):
     with pytest.raises(InvalidInputError, match=words):
-        script.main(script.Args(**{**SMALL, **changes}))
+        loader.run(dataclasses.replace(SMALL, **changes))
 
 
-def test_the_store_is_dropped_from_the_cache(script, tmp_path, monkeypatch):
+def test_the_store_is_dropped_from_the_cache(tmp_path, monkeypatch):
     (tmp_path / "inner").mkdir()
     for name in ("a", "inner/b"):
         (tmp_path / name).write_bytes(b"x" * 9)
     dropped = []
     monkeypatch.setattr("os.posix_fadvise", lambda *given: dropped.append(given[1:]))
-    script.drop_cache(tmp_path)
+    loader.drop_cache(tmp_path)
     assert dropped == [(0, 0, os.POSIX_FADV_DONTNEED)] * 2
 
 
-def test_a_slow_store_is_seen_and_reading_ahead_hides_what_it_can(script, tmp_path, monkeypatch):
+def test_a_slow_store_is_seen_and_reading_ahead_hides_what_it_can(monkeypatch):
     real = StepView.__getitem__
 
     def slow(view, item):
@@ -74,12 +76,10 @@ def test_a_slow_store_is_seen_and_reading_ahead_hides_what_it_can(script, tmp_pa
         return real(view, item)
 
     monkeypatch.setattr(StepView, "__getitem__", slow)
-    monkeypatch.setattr(script, "gradients", lambda *_: time.sleep(0.15))
+    monkeypatch.setattr(loader, "gradients", lambda *_: time.sleep(0.15))
     monkeypatch.setattr("mail_agents.agent.Agent.apply_gradients", lambda agent: {})
-    output = tmp_path / "loader.json"
-    args = script.Args(**{**SMALL, "histories": (1,), "steps": 3}, output=output)
-    script.main(args)
-    (row,) = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    report = loader.run(dataclasses.replace(SMALL, histories=(1,), rounds=3, bar=0.0))
+    (row,) = report.figures["rows"]
     assert row["on_demand_share"] > 0.25  # 0.1 s of 0.25 s
     assert row["ahead_share"] < 0.5 * row["on_demand_share"]
-    assert script.main(script.Args(**SMALL, bar=0.0)) == 1
+    assert not report.met
