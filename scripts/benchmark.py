@@ -19,8 +19,8 @@ import tyro
 from rich.console import Console
 
 from mail_agents.benchmarks import arguments as subjects
-from mail_agents.benchmarks.arguments import Common, Docs, Windows
-from mail_agents.errors import MailAgentsError
+from mail_agents.benchmarks.arguments import Common, Docs, OnDevice, Windows
+from mail_agents.errors import InvalidInputError, MailAgentsError
 from mail_agents.storage import write_atomic
 
 # A log has no width of its own; tables are unreadable in the 80 columns that rich assumes.
@@ -40,7 +40,18 @@ Subject = (
 
 
 def measure(arguments: Common) -> Any:
-    """Runs a subject and returns its report."""
+    """Runs a subject and returns its report.
+
+    Raises:
+        InvalidInputError: There are no threads or rounds, or no such device.
+    """
+    for flag in ("threads", "rounds"):
+        if getattr(arguments, flag) < 1:
+            raise InvalidInputError(f"--{flag} starts at 1; got {getattr(arguments, flag)}.")
+    if isinstance(arguments, OnDevice):
+        from mail_agents.policy import resolve_device
+
+        resolve_device(arguments.device)
     name = type(arguments).__name__.lower()
     module = importlib.import_module(f"mail_agents.benchmarks.{name}")
     if isinstance(arguments, Windows):
@@ -51,9 +62,15 @@ def measure(arguments: Common) -> Any:
 
 
 def update_docs(arguments: Docs) -> None:
-    """Puts measured tables into a page."""
+    """Puts measured tables into a page.
+
+    Raises:
+        InvalidInputError: There is no page, or there are no results.
+    """
     from mail_agents.benchmarks.report import load_tables, refresh
 
+    if not arguments.page.is_file():
+        raise InvalidInputError(f"{arguments.page} does not exist; name a page with --page.")
     page = arguments.page.read_text(encoding="utf-8")
     text, replaced, kept = refresh(page, load_tables(arguments.source))
     write_atomic(arguments.page, text.encode())

@@ -22,6 +22,7 @@ from mail_agents.benchmarks import (
     windows,
 )
 from mail_agents.benchmarks import report as reports
+from mail_agents.errors import InvalidInputError
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 #: Every table that the docs may show, and its columns.
@@ -102,6 +103,20 @@ def test_docs_are_refreshed_from_files(script, tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     assert text == f"<!-- table: dt -->\n\n{table.markdown()}\n<!-- end of table -->\n"
     assert "Replaced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["ops", "--rounds", "0"], "--rounds starts at 1; got 0"),
+        (["plan", "--threads", "0"], "--threads starts at 1; got 0"),
+        (["block", "--device", "nowhere"], "Device 'nowhere' cannot be used here"),
+        (["docs", "--from", ".", "--page", "nowhere.md"], r"nowhere\.md does not exist"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(script, given, words):
+    with pytest.raises(InvalidInputError, match=words):
+        script.main(tyro.cli(script.Subject, args=given))
 
 
 def test_tables_of_the_docs_have_the_columns_that_are_measured():
