@@ -63,7 +63,7 @@ def _layer_step(
     u = torch._C._nn.silu_(u)
     dt, B, C = F.linear(u, p.x_weight).split_with_sizes(sizes, 1)
     dt = F.softplus(F.linear(dt, p.dt_weight, p.dt_bias))
-    new = (dt * -_LOG2E).unsqueeze(2) * p.A_log.exp()
+    new = dt.unsqueeze(2) * p.A_log.exp().mul_(-_LOG2E)
     new.exp2_().mul_(ssm).addcmul_((dt * u).unsqueeze(2), B.unsqueeze(1))
     y = (new * C.unsqueeze(1)).sum(2).addcmul_(u, p.D).mul_(torch._C._nn.silu(z))
     out = torch.addmm(x, y, out_weight) if residual else torch.mm(y, out_weight)

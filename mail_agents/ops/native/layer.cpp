@@ -256,6 +256,17 @@ void all_channels(const Sizes& s, const Layer& p, const Scratch& m, Visit visit)
   for (; c < s.inner; c += LANES) visit(Channels<1>(s, p, m, c));
 }
 
+/// Memory that is needed soon, asked for piece by piece while the CPU computes with other data.
+struct Upcoming {
+  const char *next, *end;
+  Upcoming(const float* p, int64_t floats)
+      : next(reinterpret_cast<const char*>(p)), end(reinterpret_cast<const char*>(p + floats)) {}
+  void fetch(int64_t bytes) {
+    const char* stop = end - next < bytes ? end : next + bytes;
+    for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 /// One layer for one piece; `x` is the input of the mixer and `out` takes its output.
 void run_layer(const Sizes& s, const Layer& p, const Scratch& m, const Piece& piece,
                const float* x, float* out, const State& old, const NewState& next) {
@@ -272,9 +283,16 @@ void run_layer(const Sizes& s, const Layer& p, const Scratch& m, const Piece& pi
   multiply({m.u, s.u_step(), p.x_weight, s.selected(), s.inner, nullptr, m.selected, s.selected(),
             false},
            tokens);
-  all_channels(s, p, m, [&](const auto& c) { c.transpose_parameters(s, p); });
+  Upcoming weights(p.out_weight, s.model * s.inner);
+  all_channels(s, p, m, [&](const auto& c) {
+    weights.fetch(8192);
+    c.transpose_parameters(s, p);
+  });
   for (int64_t r = 0; r < piece.rows; r++)
-    all_channels(s, p, m, [&](const auto& c) { scan_channels(s, c, m, piece, r, old, next); });
+    all_channels(s, p, m, [&](const auto& c) {
+      weights.fetch(16384);
+      scan_channels(s, c, m, piece, r, old, next);
+    });
   multiply({m.u, s.u_step(), p.out_weight, s.model, s.inner, p.out_bias, out, s.model,
             s.residual != 0},
            tokens);
@@ -340,6 +358,23 @@ void run_rows(const Call& call, const Scratch& m, int64_t row, int64_t rows) {
 }  // namespace
 
 extern "C" {
+
+/// Products of small whole numbers, which are exact in any order.
+const char* selftest_layer(void) {
+  constexpr int64_t ROWS = 7, COLUMNS = 21, K = 2 * LANES + 3;
+  float x[ROWS * K], w[COLUMNS * K], bias[COLUMNS], out[ROWS * COLUMNS];
+  for (int64_t i = 0; i < ROWS * K; i++) x[i] = float(i * 5 % 13 - 6);
+  for (int64_t i = 0; i < COLUMNS * K; i++) w[i] = float(i * 7 % 11 - 5);
+  for (int64_t i = 0; i < COLUMNS; i++) bias[i] = float(i);
+  for (int64_t i = 0; i < ROWS * COLUMNS; i++) out[i] = float(-i);
+  multiply({x, K, w, COLUMNS, K, bias, out, COLUMNS, true}, ROWS);
+  for (int64_t i = 0; i < ROWS * COLUMNS; i++) {
+    float sum = bias[i % COLUMNS] - float(i);
+    for (int64_t k = 0; k < K; k++) sum += x[i / COLUMNS * K + k] * w[i % COLUMNS * K + k];
+    if (!(out[i] == sum)) return "a matrix product differs";
+  }
+  return nullptr;
+}
 
 /// Asks for cache lines by address; addresses need not be valid.
 void mamba_fetch(const void* const* lines, int64_t count) {
