@@ -8,6 +8,7 @@ counts.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,11 +27,13 @@ from mail_agents.benchmarks.timing import (
     describe,
     graphed,
     interleaved,
+    peak_bytes,
     stopwatch,
 )
 from mail_agents.errors import MailAgentsError
 from mail_agents.mixers.stack import MambaStack, TransformerStack
-from mail_agents.ops.backends import recording_backends, use_backend
+from mail_agents.mixers.stream import MambaStream
+from mail_agents.ops.backends import use_backend
 
 OFFICIAL, LINEAR = "mamba_ssm", "linears alone"
 HEADER = ("batch", "one step of", "median", "minimum", "times faster than mamba_ssm")
@@ -39,9 +42,10 @@ BACKENDS = {"cpu": {"native": "native", "eager": "torch"}, "cuda": {"eager": "au
 #: Times faster than mamba_ssm's step, by batch size.
 BARS = {1: {"eager": 1.4, "native": 2.8}, 32: {"eager": 1.8, "native": 2.2}}
 _FLAT = 1.1
+#: What an allocator may round up to.
+_GROWTH_MB = 0.5
 _CHECKED = 4
 _HEADS = 4
-_PREFIX = 1024
 
 
 class Stepper:
@@ -163,24 +167,20 @@ def our_steppers(
 ) -> list[Stepper]:
     """Ours, one per way to make a step."""
     found = []
-    token = torch.zeros(batch, arguments.width).to(**_place(arguments))
     for name, backend in BACKENDS[torch.device(arguments.device).type].items():
         own = copy.deepcopy(stack)
 
-        def step(x: Tensor, state: Any, own: Any = own, backend: str = backend) -> Any:
+        def begin(own: MambaStack = own, backend: str = backend) -> MambaStream:
             with use_backend(backend):
-                return own.step(x, state)
+                return own.stream(batch)
 
-        stepper = Stepper(name, lambda own=own: own.init_state(batch), step)
-        ran: dict[str, set[str]] = {}
+        def step(x: Tensor, stream: MambaStream) -> Any:
+            return stream.step(x), stream
+
         try:
-            with torch.inference_mode(), recording_backends(ran):
-                stepper(token)
+            stepper = Stepper(name, begin, step)
         except MailAgentsError as error:
             absent.append(f"step, {name}: {str(error).splitlines()[0]}")
-            continue
-        if name == "native" and "native" not in set().union(*ran.values()):
-            absent.append("step, native: the stack made its step without native code")
             continue
         found.append(stepper)
     return found
@@ -274,13 +274,14 @@ def _time_contexts(arguments: Stream, report: Report) -> None:
     stack, transformer = mamba_stack(arguments), transformer_stack(arguments)
     x = torch.randn(1, arguments.width).to(**_place(arguments))
     watch = stopwatch(arguments.device, arguments.threads)
-    state: Any = stack.init_state(1)
     functions: dict[str, dict[str, Callable[[], Any]]] = {"Mamba": {}, "transformer": {}}
-    memory, done = {}, 0
+    memory, grown = {}, None
     for context in sorted(arguments.contexts):
-        state, done = _advanced(stack, state, context - done), context
-        memory["Mamba", context] = _bytes(state)
-        functions["Mamba"][f"Mamba, {context}"] = _mamba_step(stack, x, state)
+        stream = stack.stream(1)
+        half = functools.partial(_advance, stream, x, context // 2)
+        grown = peak_bytes(half, arguments.device)  # it calls twice
+        memory["Mamba", context] = _bytes(stack.init_state(1))
+        functions["Mamba"][f"Mamba, {context}"] = functools.partial(stream.step, x)
         cached = CachedTransformer(transformer, 1, context + 1)
         memory["transformer", context] = _bytes(cached.cache)
         step = _cached_step(transformer, x, context)
@@ -302,28 +303,14 @@ def _time_contexts(arguments: Stream, report: Report) -> None:
     report.tables.append(Table("stream context", title, CONTEXT_HEADER, tuple(rows)))
     report.charts.append(Chart(title, "ms", {}, lines=lines, x="tokens before"))
     report.figures["contexts"] = times
-    grown = memory["Mamba", last] / memory["Mamba", first]
     slower = times[f"Mamba, {last}"].median / times[f"Mamba, {first}"].median
+    megabytes = None if grown is None else grown / 2**20
     report.bars += [
         Bar(f"step after {last:,} / after {first:,} tokens, time", slower, _FLAT, True),
-        Bar(f"step after {last:,} / after {first:,} tokens, state", grown, 1.0, True),
+        Bar(f"memory that {last // 2:,} more steps take, MB", megabytes, _GROWTH_MB, True),
     ]
 
 
-def _advanced(stack: MambaStack, state: Any, tokens: int) -> Any:
-    with torch.inference_mode():
-        while tokens > 0:
-            length = min(tokens, _PREFIX)
-            weight = stack.norm_f.weight
-            x = torch.randn(1, length, weight.numel()).to(weight)
-            _, state = stack.prefill(x, state)
-            tokens -= length
-    return state
-
-
-def _mamba_step(stack: MambaStack, x: Tensor, state: Any) -> Callable[[], Any]:
-    def step() -> Any:
-        with torch.inference_mode():
-            return stack.step(x, state)
-
-    return step
+def _advance(stream: MambaStream, x: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        stream.step(x)

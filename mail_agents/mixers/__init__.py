@@ -7,6 +7,7 @@ from mail_agents.mixers.hydra import Hydra
 from mail_agents.mixers.mamba import Mamba, MambaState
 from mail_agents.mixers.mamba2 import Mamba2
 from mail_agents.mixers.stack import MambaStack, TransformerBlock, TransformerStack
+from mail_agents.mixers.stream import MambaStream
 
 __all__ = [
     "BiMamba",
@@ -18,6 +19,7 @@ __all__ = [
     "Mamba2",
     "MambaStack",
     "MambaState",
+    "MambaStream",
     "Mixer",
     "TransformerBlock",
     "TransformerStack",

@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from mail_agents.ops import _layer_torch
-from mail_agents.ops._layer_native import (
-    CacheLines,
-    LayerStack,
-    LayerWeights,
-    State,
-    addresses,
-)
+from mail_agents.ops._layer_native import LayerStack, LayerWeights, State
 from mail_agents.ops._native import load
 from mail_agents.ops.backends import Candidate, note_backend, refuse_torch_func, requested_backend
 
@@ -29,18 +22,16 @@ from mail_agents.ops.backends import Candidate, note_backend, refuse_torch_func,
 Layers = tuple[list[tuple[nn.Module | None, nn.Module]], nn.Module | None]
 
 #: For the report: what can run, without gradients; elsewhere layers are modules.
-_CANDIDATES = (
-    Candidate("native", LayerStack.run, lambda *_: load().failure or None),
-    Candidate("torch", _layer_torch.step, lambda *_: None),
-)
+_CANDIDATES = (Candidate("native", LayerStack.run, lambda *_: load().failure or None),)
 _PLAIN = (Tensor, nn.Parameter)
+#: What the kernel computes in place of the modules.
+_METHODS = ("forward", "prefill", "_run", "_select", "_decay")
 
 
 class FusedLayers:
     """Runs the layers of a module in one go; one instance per module.
 
-    One call of the native kernel where that is to be had, else, for single tokens, few operations
-    of PyTorch.
+    One call of the native kernel, where that is to be had.
 
     What it keeps between calls is compared with the module at every call. It is not part of the
     module's state: copies of the module start without it.
@@ -86,25 +77,25 @@ class FusedLayers:
         if not x.numel() or (aggregate is not None and not _plain(aggregate)) or _watched():
             return None
         plan = self._plan
-        if plan is None or not plan.valid():
+        if plan is None or not plan.valid(owner):
             plan = self._plan = _make_plan(owner, self._layers)
         if plan is None:
             return None
         stack, backend = plan.stack, plan.backend()
         if backend is None or x.dim() != dims or x.shape[-1] != stack.d_model:
             return None
-        name, failure = requested_backend(backend), load().failure
-        native = name in ("auto", "native") and not failure
-        if not native and (name not in ("auto", "torch") or dims != 2):
+        if requested_backend(backend) not in ("auto", "native") or load().failure:
             return None
         if state is not None and not stack.takes(state, x.shape[0]):
             return None
-        if native:
-            note_backend("mamba_layers", "native", ())
-            return stack.run(x, state, aggregate, return_state)
-        note_backend("mamba_layers", "torch", [f"native: {failure}"] if name == "auto" else ())
-        assert state is not None  # single tokens come with one
-        return _layer_torch.step(stack, x, state, aggregate)
+        note_backend("mamba_layers", "native", ())
+        return stack.run(x, state, aggregate, return_state)
+
+    def stack_of(self, owner: nn.Module) -> tuple[LayerStack, str] | None:
+        """Returns the layers and their ``backend``, or None where the modules have to be called."""
+        plan = _make_plan(owner, self._layers)
+        backend = None if plan is None else plan.backend()
+        return None if plan is None or backend is None else (plan.stack, backend)
 
 
 def _plain(x: Tensor) -> bool:
@@ -131,7 +122,9 @@ class _Plan:
     ) -> None:
         self.stack = stack
         modules = [owner, *inner]
+        self._owner = owner.__dict__  # shallow copies share everything else
         self._mixers = [mixer.__dict__ for mixer in mixers]
+        self._norms = [m.__dict__ for m in inner if type(m) is nn.LayerNorm]
         self._inner = [module.__dict__ for module in inner]
         self._attributes = list(map(len, self._inner))
         self._hooks, self._handles = _hooks(inner), RemovableHandle.next_id
@@ -143,15 +136,12 @@ class _Plan:
         # Only these can be transposed in place of themselves.
         self._square = [p for p in self._parameters if p.dim() > 1 and p.shape[0] == p.shape[1]]
         self._places = self._where()
-        self._objects = CacheLines(
-            [id(found) for found in (*self._parameter_dicts, *self._inner, *inner)],
-            [address for p in self._parameters for address in addresses(p)],
-        )
 
-    def valid(self) -> bool:
+    def valid(self, owner: nn.Module) -> bool:
         """Whether all is as it was: children, parameters and where they are, and no hooks."""
-        self._objects.fetch()
-        if not self._unwatched():
+        if owner.__dict__ is not self._owner or not self._unwatched():
+            return False
+        if any(norm["eps"] != self.stack.eps for norm in self._norms):
             return False
         slots = _values(self._parameter_dicts)
         return (
@@ -196,8 +186,8 @@ def _hooks(modules: Sequence[nn.Module]) -> list[dict[int, Any]]:
 
 
 def _replaced(attributes: Sequence[dict[str, Any]]) -> bool:
-    """Whether a module got another ``forward`` than that of its class."""
-    return any("forward" in found for found in attributes)
+    """Whether a module got another method than that of its class."""
+    return any(name in found for found in attributes for name in _METHODS)
 
 
 def _make_plan(owner: nn.Module, layers: Callable[[Any], Layers | None]) -> _Plan | None:

@@ -19,6 +19,7 @@ from mail_agents.mixers.fused import FusedLayers, Layers
 from mail_agents.mixers.hydra import Hydra
 from mail_agents.mixers.mamba import Mamba, MambaState
 from mail_agents.mixers.mamba2 import Mamba2
+from mail_agents.mixers.stream import MambaStream
 
 _EPS = 1e-5
 
@@ -249,6 +250,15 @@ class MambaStack(nn.Module):
             x = _add(x, aggregate)
             after.append(new)
         return self.norm_f(x), tuple(after)
+
+    def stream(self, batch_size: int = 1) -> MambaStream:
+        """Returns streams of tokens whose states are kept for the caller, at their start.
+
+        Raises:
+            InvalidInputError: The mixers are not causal, or there is no row.
+        """
+        self._check_causal("stream")
+        return MambaStream(self, batch_size, self._fused.stack_of(self))
 
     def _blocks(self) -> Iterable[Any]:
         return self.layers

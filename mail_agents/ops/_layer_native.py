@@ -8,6 +8,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -66,8 +67,6 @@ class LayerStack:
         eps: float,
     ) -> None:
         first = layers[0]
-        #: Filters (W, D) and output weights (D, d), as views.
-        self.transposed = [(p.conv_weight.squeeze(1).t(), p.out_weight.t()) for p in layers]
         self.d_inner, self.d_state = first.A_log.shape
         self.d_conv = first.conv_weight.shape[-1]
         self.d_model, rank = first.in_weight.shape[1], first.dt_weight.shape[1]
@@ -77,6 +76,10 @@ class LayerStack:
         self._weights = array("q", [_address(part) for layer in layers for part in layer])
         self._last = [_address(part) for part in last_norm]
         self._sizes: tuple[tuple[int, int, int], Any, int] = ((0, 0, 0), None, 0)
+
+    def tensors(self) -> list[Tensor | None]:
+        """Returns all parameters."""
+        return [*chain.from_iterable(self.parameters), *self.last_norm]
 
     def takes(self, state: Sequence[State | None], batch: int) -> bool:
         """Whether the states of all layers are of the right kind to go on from."""
@@ -106,14 +109,28 @@ class LayerStack:
         Returns:
             Output like ``x``, and the states (which share memory blocks), or an empty list.
         """
+        new, blocks = self._states(x, x.shape[0]) if return_state else ([], (0, 0))
+        old = None if state is None else _table(state)
+        return self.call(x, old, aggregate, blocks), new
+
+    def call(
+        self, x: Tensor, old: Table | None, aggregate: Tensor | None, new: tuple[int, int]
+    ) -> Tensor:
+        """Like :meth:`run`, from the states ``old`` into memory at ``new``.
+
+        Args:
+            x: (B, L, d) or (B, d).
+            old: Where the states are, or None for zero.
+            aggregate: Like ``x``.
+            new: Addresses for all histories (layers, B, W-1, D) and all other states
+                (layers, B, N, D), which may be those of ``old``; (0, 0) for none.
+        """
         library = _library()
-        batch, length = x.shape[0], 1 if x.dim() == 2 else x.shape[1]
-        sizes, scratch = self._plan(library, batch, length, threads())
+        length, workers = 1 if x.dim() == 2 else x.shape[1], threads()
+        sizes, scratch = self._plan(library, x.shape[0], length, workers)
         x = x.contiguous()
         out = torch.empty_like(x)
         aggregate = None if aggregate is None else aggregate.contiguous()
-        old = None if state is None else _table(state)
-        new, histories, ssms = self._states(x, batch) if return_state else ([], 0, 0)
         memory = x.new_empty(scratch)
         library.mamba_layers(
             sizes.buffer_info()[0],
@@ -123,13 +140,12 @@ class LayerStack:
             x.data_ptr(),
             _address(aggregate),
             out.data_ptr(),
-            histories,
-            ssms,
+            *new,
             memory.data_ptr(),
             self.eps,
-            threads(),
+            workers,
         )
-        return out, new
+        return out
 
     def _plan(
         self, library: ctypes.CDLL, batch: int, length: int, workers: int
@@ -143,42 +159,44 @@ class LayerStack:
             self._sizes = key, sizes, scratch
         return sizes, scratch
 
-    def _states(self, x: Tensor, batch: int) -> tuple[list[State], int, int]:
+    def _states(self, x: Tensor, batch: int) -> tuple[list[State], tuple[int, int]]:
         """Uninitialised states, and the addresses of all histories and of all other parts."""
         lead = (len(self.parameters), batch)
         histories = x.new_empty(*lead, self.d_conv - 1, self.d_inner)
         # Channels are neighbours in memory, as the kernel works on them.
         ssms = x.new_empty(*lead, self.d_state, self.d_inner)
         found = zip(histories.unbind(), ssms.transpose(2, 3).unbind(), strict=True)
-        return list(found), histories.data_ptr(), ssms.data_ptr()
+        return list(found), (histories.data_ptr(), ssms.data_ptr())
 
 
-class CacheLines:
-    """Memory that is about to be read in an order that the CPU cannot foresee.
+class NativeStream:
+    """Streams of ``batch`` rows; see :class:`~mail_agents.mixers.stream.MambaStream`.
 
-    Python objects of a model are scattered, and other work drives them out of the cache between
-    two steps: asking for all of them at once beats waiting for one after the other. An address may
-    have become invalid meanwhile, which does no harm.
-
-    Args:
-        objects: Addresses of small objects.
-        tensors: Addresses of tensor structures, a few cache lines each.
+    Addresses are looked up once. Parameters are held by views of them, so that memory stays valid
+    even where a parameter is given other memory meanwhile.
     """
 
-    def __init__(self, objects: Sequence[int], tensors: Sequence[int]) -> None:
-        lines = [address + 64 * i for address in tensors for i in range(3)]
-        self._lines = array("Q", [*objects, *lines])
+    backend = "native"
 
-    def fetch(self) -> None:
-        """Starts loading; does nothing without the kernels."""
-        library = load().library
-        if library is not None:
-            _declared(library).mamba_fetch(self._lines.buffer_info()[0], len(self._lines))
+    def __init__(self, stack: LayerStack, batch: int) -> None:
+        self._stack = stack
+        self._kept = [None if p is None else p.detach() for p in stack.tensors()]
+        lead = (len(stack.parameters), batch)
+        like = stack.parameters[0].D.detach()
+        self._histories = like.new_zeros(*lead, stack.d_conv - 1, stack.d_inner)
+        self._ssms = like.new_zeros(*lead, stack.d_state, stack.d_inner)
+        states = zip(self._histories, self._ssms.transpose(2, 3), strict=True)
+        self._table = _table(list(states))
+        self._new = self._histories.data_ptr(), self._ssms.data_ptr()
 
+    def step(self, x: Tensor, aggregate: Tensor | None) -> Tensor:
+        """Advances all layers by one token (B, d)."""
+        return self._stack.call(x, self._table, aggregate, self._new)
 
-def addresses(tensor: Tensor) -> tuple[int, int, int]:
-    """Returns where a tensor is: the Python object, its structure, and that of its storage."""
-    return id(tensor), tensor._cdata, tensor.untyped_storage()._cdata
+    def reset(self, rows: Tensor) -> None:
+        """Starts the rows anew at which ``rows`` (B,) bool is True."""
+        self._histories[:, rows] = 0.0
+        self._ssms[:, rows] = 0.0
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -217,7 +235,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.mamba_layers.argtypes = [*[pointer] * 11, ctypes.c_float, size]
     library.mamba_layers.restype = None
-    library.mamba_fetch.argtypes, library.mamba_fetch.restype = [pointer, size], None
     library.mamba_layers_scratch.argtypes = [pointer, size]
     library.mamba_layers_scratch.restype = size
     return library

@@ -1,8 +1,8 @@
-"""One step of a stack of Mamba-1 layers in plain PyTorch, for inference without a compiler.
+"""A stream of tokens through a stack of Mamba-1 layers in plain PyTorch, without a compiler.
 
 At a few rows the time of a step is that of calling operations, so there are few: no modules in
-between, in-place where nobody else sees the tensor, and exp2, which is several times faster than
-exp on CPUs.
+between, states that change in place, exp2, which is several times faster than exp on CPUs, and a
+convolution in one operation, which keeps sums of what past inputs will add instead of the inputs.
 """
 
 import math
@@ -12,61 +12,99 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mail_agents.ops._layer_native import LayerStack, LayerWeights, State
+from mail_agents.ops._layer_native import LayerStack, LayerWeights
 
 _LOG2E = math.log2(math.e)
 
 
-def step(
-    stack: LayerStack, x: Tensor, state: Sequence[State], aggregate: Tensor | None
-) -> tuple[Tensor, list[State]]:
-    """Advances all layers by one token; gradients have to be off.
+class TorchStream:
+    """Streams of ``batch`` rows; see :class:`~mail_agents.mixers.stream.MambaStream`."""
 
-    Args:
-        stack: The layers.
-        x: Tokens, (B, d).
-        state: History and recurrent state of every layer; not modified.
-        aggregate: Added to the residual stream after every layer, (B, d).
+    backend = "torch"
 
-    Returns:
-        Output (B, d), and the states after it.
+    def __init__(self, stack: LayerStack, batch: int) -> None:
+        self._eps, self._last_norm = stack.eps, _views(stack.last_norm)
+        layers = (LayerWeights(*_views(p)) for p in stack.parameters)
+        self._layers = [_LayerStream(p, stack.eps, batch) for p in layers]
+
+    def step(self, x: Tensor, aggregate: Tensor | None) -> Tensor:
+        """Advances all layers by one token (B, d)."""
+        for layer in self._layers:
+            x = layer.step(x)
+            if aggregate is not None:
+                x.add_(aggregate)
+        if self._last_norm[0] is None:
+            return x
+        return torch.layer_norm(x, x.shape[1:], *self._last_norm, self._eps)
+
+    def reset(self, rows: Tensor) -> None:
+        """Starts the rows anew at which ``rows`` (B,) bool is True."""
+        for layer in self._layers:
+            layer.reset(rows)
+
+
+def _views(parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same memory, also where a parameter is given other memory later."""
+    return [None if p is None else p.detach() for p in parameters]
+
+
+class _LayerStream:
+    """One layer.
+
+    What is known of this and the next W outputs of the convolution, (B, W + 1, D), goes back and
+    forth between two buffers; of the last one, that is the bias.
     """
-    after = []
-    sizes = (stack.parameters[0].dt_weight.shape[1], stack.d_state, stack.d_state)
-    for p, views, old in zip(stack.parameters, stack.transposed, state, strict=True):
-        x, new = _layer_step(p, *views, sizes, stack.eps, x, old)
-        if aggregate is not None:
-            x.add_(aggregate)
-        after.append(new)
-    if stack.last_norm[0] is not None:
-        x = torch.layer_norm(x, x.shape[1:], *stack.last_norm, stack.eps)
-    return x, after
 
+    def __init__(self, p: LayerWeights, eps: float, batch: int) -> None:
+        self._p, self._eps = p, eps
+        (inner, n), width = p.A_log.shape, p.conv_weight.shape[-1]
+        self._sizes = (p.dt_weight.shape[1], n, n)
+        self._ssm = p.A_log.new_zeros(batch, n, inner)
+        self._buffers = p.A_log.new_zeros(2, batch, width + 1, inner).unbind()
+        self._made_from: tuple[int, ...] = ()
+        self._prepare()
+        self.reset(torch.ones(batch, dtype=torch.bool))
 
-def _layer_step(
-    p: LayerWeights,
-    taps: Tensor,
-    out_weight: Tensor,
-    sizes: tuple[int, int, int],
-    eps: float,
-    x: Tensor,
-    old: State,
-) -> tuple[Tensor, State]:
-    history, ssm = old
-    residual = p.norm_weight is not None
-    normed = torch.layer_norm(x, x.shape[1:], p.norm_weight, p.norm_bias, eps) if residual else x
-    u, z = F.linear(normed, p.in_weight, p.in_bias).chunk(2, 1)
-    window = torch.cat((history, u.unsqueeze(1)), 1)
-    u = (window * taps).sum(1)
-    if p.conv_bias is not None:
-        u.add_(p.conv_bias)
-    u = torch._C._nn.silu_(u)
-    dt, B, C = F.linear(u, p.x_weight).split_with_sizes(sizes, 1)
-    dt = F.softplus(F.linear(dt, p.dt_weight, p.dt_bias))
-    new = dt.unsqueeze(2) * p.A_log.exp().mul_(-_LOG2E)
-    new.exp2_().mul_(ssm).addcmul_((dt * u).unsqueeze(2), B.unsqueeze(1))
-    y = (new * C.unsqueeze(1)).sum(2).addcmul_(u, p.D).mul_(torch._C._nn.silu(z))
-    out = torch.addmm(x, y, out_weight) if residual else torch.mm(y, out_weight)
-    if p.out_bias is not None:
-        out.add_(p.out_bias)
-    return out, (window[:, 1:], new)
+    def _prepare(self) -> None:
+        """Puts decay rates and taps in the layout of the state, once for every change of them."""
+        p = self._p
+        bias = p.conv_bias
+        made_from = (
+            p.A_log._version,
+            p.conv_weight._version,
+            -1 if bias is None else bias._version,
+        )
+        if made_from == self._made_from:
+            return
+        self._made_from = made_from
+        self._decay = p.A_log.t().exp().mul_(-_LOG2E).contiguous()
+        self._taps = p.conv_weight.squeeze(1).t().flip(0).contiguous()
+        self._bias = torch.zeros_like(p.D) if bias is None else bias
+        for sums in self._buffers:
+            sums[:, -1] = self._bias
+
+    def step(self, x: Tensor) -> Tensor:
+        self._prepare()
+        p, (old, new) = self._p, self._buffers
+        self._buffers = new, old
+        residual = p.norm_weight is not None
+        normed = x
+        if residual:
+            normed = torch.layer_norm(x, x.shape[1:], p.norm_weight, p.norm_bias, self._eps)
+        u, z = F.linear(normed, p.in_weight, p.in_bias).chunk(2, 1)
+        torch.addcmul(old[:, 1:], self._taps, u.unsqueeze(1), out=new[:, :-1])
+        u = F.silu(new[:, 0])
+        dt, B, C = F.linear(u, p.x_weight).split_with_sizes(self._sizes, 1)
+        dt = F.softplus(F.linear(dt, p.dt_weight, p.dt_bias))
+        decay = (dt.unsqueeze(1) * self._decay).exp2_()
+        self._ssm.mul_(decay).addcmul_(B.unsqueeze(2), (dt.mul_(u)).unsqueeze(1))
+        y = torch.bmm(C.unsqueeze(1), self._ssm).squeeze(1).addcmul_(u, p.D).mul_(F.silu(z))
+        if not residual:
+            return F.linear(y, p.out_weight, p.out_bias)
+        out = torch.addmm(x, y, p.out_weight.t())
+        return out if p.out_bias is None else out.add_(p.out_bias)
+
+    def reset(self, rows: Tensor) -> None:
+        self._ssm[rows] = 0.0
+        for sums in self._buffers:
+            sums[rows] = self._bias

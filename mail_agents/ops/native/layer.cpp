@@ -376,11 +376,6 @@ const char* selftest_layer(void) {
   return nullptr;
 }
 
-/// Asks for cache lines by address; addresses need not be valid.
-void mamba_fetch(const void* const* lines, int64_t count) {
-  for (int64_t i = 0; i < count; i++) __builtin_prefetch(lines[i]);
-}
-
 /// Floats of scratch memory that mamba_layers needs.
 int64_t mamba_layers_scratch(const int64_t* sizes, int64_t threads) {
   return threads * Scratch(*reinterpret_cast<const Sizes*>(sizes), threads, nullptr).floats;

@@ -83,19 +83,18 @@ def test_prefill_equals_the_modules(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_native)])
+@needs_native
 @pytest.mark.parametrize("with_aggregate", [False, True])
 @pytest.mark.parametrize("d_conv", [1, 4])
-def test_step_equals_the_modules(backend, with_aggregate, d_conv):
+def test_step_equals_the_modules(with_aggregate, d_conv):
     stack = randomised(MambaStack(24, 3, d_state=5, d_conv=d_conv))
     x, E = torch.randn(4, 24), torch.randn(4, 24) if with_aggregate else None
     _, state = by_modules(stack, "prefill", torch.randn(4, 3, 24))
     state = tuple(s.detach() for s in state)
     before = [part.clone() for part in flat(state)]
     wanted, after = by_modules(stack, "step", x, state, E)
-    with use_backend(backend):
-        found, (y, new) = ran(lambda: stack.step(x, state, E))
-    assert found == {"mamba_layers": {backend}}
+    found, (y, new) = ran(lambda: stack.step(x, state, E))
+    assert found == {"mamba_layers": {"native"}}
     assert all(isinstance(layer, MambaState) for layer in new)
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
     for a, b in zip(flat(new), flat(after), strict=True):
@@ -229,6 +228,31 @@ def test_a_weight_that_became_its_own_transpose_is_noticed():
     assert not torch.allclose(before, after)
 
 
+@needs_native
+@torch.no_grad()
+def test_another_eps_of_a_norm_is_noticed():
+    stack, x = randomised(MambaStack(16, 2)), torch.randn(2, 5, 16)
+    before = stack(x)
+    for module in stack.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1.0
+    torch.testing.assert_close(stack(x), by_modules(stack, "forward", x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, stack(x))
+
+
+@torch.no_grad()
+def test_a_shallow_copy_stands_for_itself():
+    stack, x = randomised(MambaStack(16, 2)), torch.randn(2, 5, 16)
+    stack(x)
+    twin = copy.copy(stack)
+    twin._modules = dict(stack._modules)
+    twin.layers = copy.deepcopy(stack.layers)
+    for parameter in twin.layers.parameters():
+        parameter.mul_(1.1)
+    torch.testing.assert_close(twin(x), by_modules(twin, "forward", x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stack(x), by_modules(stack, "forward", x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_copy_stands_for_itself():
     stack = randomised(MambaStack(16, 2))
     x = torch.randn(2, 16)
@@ -310,22 +334,23 @@ def _quietly(call):
         return error
 
 
+@needs_native
 def test_the_backend_of_the_mixers_counts():
     x = torch.randn(2, 16)
-    stack = randomised(MambaStack(16, 2, backend="torch"))
-    assert ran(lambda: stack.step(x, stack.init_state(2)))[0] == {"mamba_layers": {"torch"}}
+    stack = randomised(MambaStack(16, 2, backend="native"))
+    assert ran(lambda: stack.step(x, stack.init_state(2)))[0] == {"mamba_layers": {"native"}}
     for layer in stack.layers:
         layer.mixer.backend = "reference"
     assert "mamba_layers" not in ran(lambda: stack.step(x, stack.init_state(2)))[0]
 
 
-def test_without_a_compiler_steps_still_leave_out_the_modules(monkeypatch):
+def test_without_a_compiler_the_modules_run(monkeypatch):
     monkeypatch.setattr(
         "mail_agents.mixers.fused.load", lambda: _native.Native(None, "no compiler")
     )
     stack, x = randomised(MambaStack(16, 2)), torch.randn(2, 16)
     found, (y, _) = ran(lambda: stack.step(x, stack.init_state(2)))
-    assert found == {"mamba_layers": {"torch"}}
+    assert "mamba_layers" not in found
     torch.testing.assert_close(
         y, by_modules(stack, "step", x, stack.init_state(2))[0], rtol=1e-5, atol=1e-5
     )
@@ -334,8 +359,7 @@ def test_without_a_compiler_steps_still_leave_out_the_modules(monkeypatch):
 
 def test_it_is_in_the_report():
     rows = {row["name"]: row for row in backend_report() if row["op"] == "mamba_layers"}
-    assert set(rows) == {"native", "torch"}
-    assert rows["torch"]["available"]
+    assert set(rows) == {"native"}
     assert rows["native"]["available"] == HAS_NATIVE
 
 
