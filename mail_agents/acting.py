@@ -30,16 +30,17 @@ _GPU_ROWS = 20
 
 @contextmanager
 def evaluating(policy: Policy) -> Iterator[None]:
-    """Evaluation mode inside, training mode after where it was before."""
-    # Telling all modules takes as long as a step of a small network; mostly they know.
-    training = policy.training
-    if training:
+    """Evaluation mode inside; after it, every module is in the mode it was in before."""
+    # Asking all modules takes as long as a step of a small network, so mostly the policy answers
+    # for them; Acting._settle sees to it that it can.
+    trained = [each for each in policy.modules() if each.training] if policy.training else []
+    if trained:
         policy.eval()
     try:
         yield
     finally:
-        if training:
-            policy.train()
+        for each in trained:
+            each.training = True
 
 
 class Acting(ABC):
@@ -186,7 +187,14 @@ class Acting(ABC):
             )
         self._reset_slots(self._slots, slots, arguments)
 
+    def _settle(self) -> None:
+        """Has parts that were added to a policy in evaluation mode, such as a new head, follow."""
+        policy = self.acting_policy
+        if not policy.training and any(each.training for each in policy.modules()):
+            policy.eval()
+
     def _reset_slots(self, state: Slots, slots: list[int], arguments: Mapping[str, Any]) -> None:
+        self._settle()
         seed = arguments["seed"]
         if seed is None:
             seed = derive_seed(self.seed, "eval", self._resets)
@@ -323,6 +331,7 @@ class Acting(ABC):
         on_cpu = self.device.type == "cpu"
         sees = any(feature.kind == "image" for feature in self.features.observations.values())
         self.plan_rows, self.plan_fixed = (_CPU_ROWS, sees) if on_cpu else (_GPU_ROWS, True)
+        self._settle()
         try:
             with evaluating(self.acting_policy):
                 yield

@@ -458,7 +458,32 @@ def test_modules_are_told_the_mode_only_where_it_changes(monkeypatch):
     agent.policy.training = True
     agent.reset()
     agent.act(obs(0))
-    assert told == [False, True]
+    assert told == [False]
+    assert agent.policy.training
+
+
+@pytest.mark.parametrize("reset", [None, [0]])
+def test_parts_added_to_a_policy_that_acts_are_in_evaluation_mode_too(reset):
+    """A new head of a loaded agent is in training mode, where dropout would act."""
+    agent = probe()
+    agent.policy.eval()
+    agent.act(obs(0))
+    agent.policy.head = torch.nn.Sequential(torch.nn.Dropout())
+    agent.reset(reset, seed=0)
+    agent.act(obs(0))
+    assert not any(part.training for part in agent.policy.modules())
+    agent.policy.head = torch.nn.Dropout()
+    with agent.planning_alike():
+        assert not agent.policy.head.training
+
+
+def test_parts_that_were_frozen_stay_so_when_training_goes_on():
+    agent = probe()
+    agent.policy.frozen, agent.policy.free = torch.nn.Dropout().eval(), torch.nn.Dropout()
+    agent.act(obs(0))
+    with agent.planning_alike():
+        assert not agent.policy.free.training
+    assert [part.training for part in agent.policy.modules()] == [True, False, True]
 
 
 def test_an_evaluation_changes_the_mode_once():
