@@ -6,8 +6,12 @@ recorded with: inputs are copied into buffers of the graph, weights are read whe
 of the weights in place are seen, therefore; weights in another place need another recording.
 """
 
+import contextlib
+import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +20,15 @@ from torch import Tensor, nn
 from mail_agents.errors import InvalidInputError
 from mail_agents.ops.backends import requested_backend
 
-#: Recordings kept; the one that was not used for longest gives way.
+#: Recordings kept; the one that was not used for longest gives way. After as many have given way,
+#: kinds of input that are new are not recorded any more: recording takes longer than running.
 MAX_GRAPHS = 16
 # Kernels are loaded and tuned in the first runs, which a recording must not contain.
 _WARM_UP = 3
+_log = logging.getLogger(__name__)
 
-#: Of a function without arguments, which it may call several times: what runs it again, and the
-#: tensor that holds the result after each run.
+#: Of a function without arguments, which has run before: what runs it again, and the tensor that
+#: holds the result after each run.
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
@@ -34,12 +40,6 @@ class CudaRecorder:
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See :data:`Record`."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                function()
-        torch.cuda.current_stream().wait_stream(side)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile, such as the one that reads batches ahead.
@@ -49,16 +49,18 @@ class CudaRecorder:
 
 
 class _Graph(NamedTuple):
-    """A recording, the buffers it reads and writes, and the addresses it relies on."""
+    """A recording, the buffers it reads and writes, and where it relies on finding the rest."""
 
     inputs: dict[str, Tensor]
     replay: Callable[[], None]
     output: Tensor
-    addresses: tuple[int, ...]
+    places: tuple[Any, ...]
 
 
 class Graphs:
     """The recordings of one module. A copy of it has none, as it belongs to another module.
+
+    Threads wait for one another here, as they would share the buffers of a recording.
 
     Args:
         record: Makes a recording; None for CUDA graphs, with which tensors of other devices run as
@@ -69,6 +71,8 @@ class Graphs:
         self._given = record
         self._record = record or CudaRecorder()
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._gone = 0
+        self._lock = threading.RLock()  # a function may ask for a recording of a part of it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
         return Graphs(self._given)
@@ -93,39 +97,61 @@ class Graphs:
                 identity: no lambda, no closure.
             module: Its parameters and buffers are read.
             inputs: Read only.
-            state: Nests of tensors that are updated in place.
+            state: Nests (tuples) of tensors that are updated in place.
 
         Raises:
-            InvalidInputError: The function does something that a graph cannot hold.
+            InvalidInputError: The function does something that a graph cannot hold; ``state`` is
+                then as it was.
         """
-        device = next(iter(inputs.values())).device.type
+        device = next(iter(inputs.values())).device
         if not self._recordable(device):
             return function(module, inputs, *state)
-        casting = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # Sorted by name, so that the order of a dictionary makes no new recording.
         kinds = sorted((k, v.shape, v.dtype, v.device) for k, v in inputs.items())
-        key = (function, requested_backend(), casting, *kinds)
-        addresses = (*_addresses(module), *(leaf.data_ptr() for leaf in _leaves(state)))
-        graph = self._graphs.get(key)
-        if graph is None or graph.addresses != addresses:
-            # Autocast may not hand out weights that it has cast outside of the recording.
-            cast = torch.autocast(device, casting, casting is not None, cache_enabled=False)
-            graph = self._new(cast(function), module, inputs, state, addresses)
-            self._graphs[key] = graph
-            if len(self._graphs) > MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        for name, value in inputs.items():
-            graph.inputs[name].copy_(value)
-        graph.replay()
-        return graph.output.clone()
+        key = (function, requested_backend(), _casting(device.type), *kinds)
+        with self._lock, _current(device):
+            graph = self._find(key, function, module, inputs, state)
+            if graph is not None:
+                for name, value in inputs.items():
+                    graph.inputs[name].copy_(value)
+                graph.replay()
+                return graph.output.clone()
+        return function(module, inputs, *state)
 
-    def _recordable(self, device: str) -> bool:
+    def _find(
+        self,
+        key: Any,
+        function: Callable[..., Tensor],
+        module: nn.Module,
+        inputs: Mapping[str, Tensor],
+        state: tuple[Any, ...],
+    ) -> _Graph | None:
+        """Finds or makes the recording; None where there are too many kinds of input."""
+        places = (*_addresses(module), *_places(state))
+        graph = self._graphs.get(key)
+        if graph is None and self._gone >= MAX_GRAPHS:
+            return None
+        if graph is None or graph.places != places:
+            graph = self._graphs[key] = self._new(function, module, inputs, state, places)
+        self._graphs.move_to_end(key)
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+            self._gone += 1
+            if self._gone == MAX_GRAPHS:
+                _log.warning(
+                    "Acting met more than %d kinds of input (numbers of rows, lengths of history). "
+                    "The last %d stay recorded, others run without a recording from now on. Act "
+                    "with equally many rows at every call to use recordings.",
+                    *(2 * MAX_GRAPHS - 1, MAX_GRAPHS),
+                )
+        return graph
+
+    def _recordable(self, device: torch.device) -> bool:
         if torch.is_grad_enabled():
             return False
         if self._given is not None:
             return True
-        return device == "cuda" and not torch.cuda.is_current_stream_capturing()
+        return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
     def _new(
         self,
@@ -133,25 +159,68 @@ class Graphs:
         module: nn.Module,
         inputs: Mapping[str, Tensor],
         state: tuple[Any, ...],
-        addresses: tuple[int, ...],
+        places: tuple[Any, ...],
     ) -> _Graph:
         # Buffers of inference mode could not be filled outside of it.
         with torch.inference_mode(False):
             buffers = {name: torch.empty_like(value) for name, value in inputs.items()}
         for name, value in inputs.items():
             buffers[name].copy_(value)
-        before = [leaf.clone() for leaf in _leaves(state)]
-        try:
-            replay, output = self._record(lambda: function(module, buffers, *state))
-        except RuntimeError as error:
-            raise InvalidInputError(
-                "Acting could not be recorded as a CUDA graph: "
-                f"{str(error).splitlines()[0]} Something in it waits for the GPU or copies from "
-                "the CPU. Leave out --compile or policy.compile() to act without."
-            ) from error
+
+        device = next(iter(buffers.values())).device
+        casting = _casting(device.type)
+
+        # Autocast may not hand out weights that it has cast outside of the recording.
+        @torch.autocast(device.type, casting, casting is not None, cache_enabled=False)
+        def run() -> Tensor:
+            return function(module, buffers, *state)
+
+        with _restored(state):
+            _warm_up(run, device)
+            try:
+                replay, output = self._record(run)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise InvalidInputError(
+                    "Acting could not be recorded as a CUDA graph: "
+                    f"{str(error).splitlines()[0]} Something in it waits for the GPU or copies "
+                    "from the CPU. Leave out --compile or policy.compile() to act without."
+                ) from error
+        return _Graph(buffers, replay, output, places)
+
+
+def _casting(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Streams are those of the current device, and only what is on them is recorded."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _warm_up(run: Callable[[], Tensor], device: torch.device) -> None:
+    """Runs what is to be recorded, so that its own errors are raised as they are."""
+    if device.type != "cuda":
+        run()
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@contextlib.contextmanager
+def _restored(state: tuple[Any, ...]) -> Iterator[None]:
+    """Undoes what happens to the tensors of a nest inside, also where it fails."""
+    before = [leaf.clone() for leaf in _leaves(state)]
+    try:
+        yield
+    finally:
         for leaf, value in zip(_leaves(state), before, strict=True):
             leaf.copy_(value)
-        return _Graph(buffers, replay, output, addresses)
 
 
 def _addresses(module: nn.Module) -> list[int]:
@@ -163,6 +232,18 @@ def _addresses(module: nn.Module) -> list[int]:
         found += [b.data_ptr() for b in each._buffers.values() if b is not None]
         waiting += [child for child in each._modules.values() if child is not None]
     return found
+
+
+def _places(tree: Any) -> Iterator[Any]:
+    """What a recording relies on in a nest: where tensors are and how they lie there."""
+    if isinstance(tree, Tensor):
+        yield tree.data_ptr(), tree.shape, tree.stride(), tree.dtype
+    elif isinstance(tree, tuple):
+        yield len(tree)
+        for each in tree:
+            yield from _places(each)
+    else:
+        yield tree  # a number that the function may have read
 
 
 def _leaves(tree: Any) -> Iterator[Tensor]:

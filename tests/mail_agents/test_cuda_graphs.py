@@ -1,6 +1,8 @@
 """The logic around CUDA graphs, with a recorder that needs no GPU; and the graphs where one is."""
 
 import copy
+import logging
+import threading
 
 import pytest
 import torch
@@ -20,8 +22,7 @@ class Tape:
 
     def __call__(self, function):
         self.recordings += 1
-        for _ in range(3):
-            output = function()  # as in a warm-up, state changes
+        output = function()
 
         def replay():
             self.replays += 1
@@ -160,11 +161,44 @@ def test_state_is_updated_in_place_and_untouched_by_recording(net, tape, graphs)
     assert tape.recordings == 2  # a state in another place
 
 
+def total(module, inputs, state):
+    return state[0].sum().view(1) * state[1]
+
+
+def test_states_at_one_place_that_lie_there_differently_are_recorded_again(net, tape, graphs):
+    memory = torch.arange(6.0)
+    states = [memory, memory[:3], memory.view(2, 3).t(), memory.view(torch.int32)]
+    for recordings, state in enumerate(states, start=1):
+        for _ in range(2):
+            found = graphs(total, net, x(), (state, 1))
+            assert torch.equal(found, total(net, x(), (state, 1)))
+        assert tape.recordings == recordings
+
+
+def test_numbers_in_a_state_are_not_recorded_for_others(net, graphs):
+    state = torch.arange(6.0)
+    for factor in (1, 2, 1):
+        assert float(graphs(total, net, x(), (state, factor))) == 15 * factor
+
+
 def test_the_oldest_recording_gives_way(net, tape, graphs, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     for rows, recordings in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
         graphs(affine, net, x(rows))
         assert (tape.recordings, len(graphs)) == (recordings, min(recordings, 2))
+
+
+def test_many_kinds_of_input_are_not_recorded_for_ever(net, tape, graphs, monkeypatch, caplog):
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    with caplog.at_level(logging.WARNING, "mail_agents.cuda_graphs"):
+        for _ in range(3):
+            for rows in range(1, 6):
+                assert torch.equal(graphs(affine, net, x(rows)), affine(net, x(rows)))
+    assert tape.recordings == 4
+    assert len(graphs) == 2
+    assert tape.replays == 4 + 2 * 2  # the last two kinds stay recorded
+    (message,) = caplog.messages
+    assert "more than 3 kinds of input" in message
 
 
 def test_copies_have_no_recordings(net, tape, graphs):
@@ -208,6 +242,77 @@ def test_a_recording_that_fails_says_what_to_do(net):
 
     with pytest.raises(InvalidInputError, match=r"capturing Something.*Leave out --compile"):
         Graphs(record)(affine, net, x())
+
+
+def test_a_recording_that_fails_leaves_the_state_as_it_was(net):
+    def record(function):
+        function()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    state = (torch.full((3,), 2.0),), torch.zeros(1)
+    with pytest.raises(InvalidInputError, match="could not be recorded"):
+        Graphs(record)(accumulate, net, x(), state)
+    assert torch.equal(state[0][0], torch.full((3,), 2.0))
+
+
+def test_errors_of_the_function_itself_are_raised_as_they_are(net, graphs):
+    state = (torch.zeros(3),), torch.zeros(1)
+
+    def fails(module, inputs, state):
+        state[0][0].add_(1)
+        return module.inner(inputs["x"][:, :2])
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        graphs(fails, net, x(), state)
+    assert torch.equal(state[0][0], torch.zeros(3))
+    assert len(graphs) == 0
+
+
+def test_running_out_of_memory_while_recording_is_not_the_functions_fault(net):
+    def record(function):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Graphs(record)(affine, net, x())
+
+
+def test_threads_do_not_share_a_recording_at_the_same_time(net):
+    """Each waits for the others between its inputs and its result."""
+    meeting = threading.Barrier(2)
+
+    def record(function):
+        output = function()
+
+        def replay():
+            try:  # nobody else comes while this one waits
+                meeting.wait(timeout=0.02)
+            except threading.BrokenBarrierError:
+                meeting.reset()
+            output.copy_(function())
+
+        return replay, output
+
+    graphs, wrong = Graphs(record), []
+
+    def act(seed):
+        with torch.no_grad():
+            for _ in range(5):
+                if not torch.equal(graphs(affine, net, x(seed=seed)), affine(net, x(seed=seed))):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=act, args=(seed,)) for seed in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong
+
+
+def test_a_function_may_ask_for_a_recording_of_its_part(net, graphs):
+    def outer(module, inputs):
+        return graphs(affine, module, inputs) * 2
+
+    assert torch.equal(graphs(outer, net, x()), 2 * affine(net, x()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
