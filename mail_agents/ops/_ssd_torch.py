@@ -182,7 +182,8 @@ def _running_sums(inputs: Inputs) -> tuple[Tensor, Tensor]:
     total = sums[0] if len(sums) == 1 else torch.cat(sums, -1)
     whole = total.floor()
     work = inputs.dt.dtype
-    return whole.to(work), torch.exp2(total.sub_(whole).to(work))
+    # In float64, too: see _softplus of the step sizes.
+    return whole.to(work), total.sub_(whole).exp2_().to(work)
 
 
 class _Workspace:

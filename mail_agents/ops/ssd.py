@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mail_agents.ops import _ssd_cuda, _ssd_native
 from mail_agents.ops._opaque import tracing
-from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, no_autocast, step_sizes
+from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, as_dtype, no_autocast, step_sizes
 from mail_agents.ops._ssd_opaque import opaque_ssd
 from mail_agents.ops._ssd_torch import Inputs, StateSpaceDuality
 from mail_agents.ops.backends import (
@@ -139,24 +139,24 @@ def ssd_step(
     """
     with no_autocast(x.device):
         work, (batch, heads, head, n), groups = state.dtype, state.shape, B.shape[1]
-        u = x.to(work)
-        size = step_sizes(dt.to(work), dt_bias, dt_softplus, dt_limit)
-        decay = torch.exp(size * A.to(work))
+        u = as_dtype(x, work)
+        size = step_sizes(as_dtype(dt, work), dt_bias, dt_softplus, dt_limit)
+        decay = torch.exp(size * as_dtype(A, work))
         # Heads of a group side by side: one matrix per group, changed in place, because a temporary
         # of the size of the state costs more than all arithmetic.
         rows = (batch * groups, heads // groups * head, n)
         push = (size.unsqueeze(-1) * u).reshape(*rows[:2], 1)
         state = (state * decay[:, :, None, None]).reshape(rows)
-        state.addcmul_(push, B.to(work).reshape(-1, 1, n))
+        state.addcmul_(push, as_dtype(B, work).reshape(-1, 1, n))
         # The vector on the left: matrix times column is ten times slower on CPU.
-        y = torch.bmm(C.to(work).reshape(-1, 1, n), state.mT).view(u.shape)
-        return _skip_and_gate(y, u, D, z).to(x.dtype), state.view(batch, heads, head, n)
+        y = torch.bmm(as_dtype(C, work).reshape(-1, 1, n), state.mT).view(u.shape)
+        return as_dtype(_skip_and_gate(y, u, D, z), x.dtype), state.view(batch, heads, head, n)
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
-        y = torch.addcmul(y, x, (D if D.dim() == 2 else D.unsqueeze(-1)).to(y.dtype))
-    return y if z is None else y * F.silu(z.to(y.dtype))
+        y = torch.addcmul(y, x, as_dtype(D if D.dim() == 2 else D.unsqueeze(-1), y.dtype))
+    return y if z is None else y * F.silu(as_dtype(z, y.dtype))
 
 
 def _reference(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
