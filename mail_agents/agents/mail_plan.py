@@ -79,7 +79,7 @@ class Denoiser:
     def _compute(self, last: int) -> dict[int, _Ahead]:
         """Computes ahead for ``last`` and as many steps before it as there is room for."""
         rows = len(self._features)
-        count = min(last + 1, max(1, ROWS_AHEAD // rows))
+        count = min(last + 1, max(1, ROWS_AHEAD // max(1, rows)))
         first = last + 1 - count
         steps = torch.arange(first, last + 1, device=self._features.device)
         t = steps.unsqueeze(1).expand(count, rows).flatten()

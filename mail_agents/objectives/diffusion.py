@@ -85,7 +85,7 @@ class DDPM:
             the steps T-1 .. 1, each with its deviation. All zeros are the deterministic sample.
         """
         check_generators(generators, shape[0])
-        if deterministic:
+        if deterministic or not generators:
             return like.new_zeros(self.steps, *shape)
         # Each chunk is drawn by itself: one draw for all of them gives other numbers.
         rows = [

@@ -162,6 +162,14 @@ def test_padded_steps_at_the_start_of_an_episode():
     check(p, b)
 
 
+@pytest.mark.parametrize("variant", ["d-ma", "ed-ma", "d-tr", "ed-tr"])
+@pytest.mark.parametrize("objective", ["bc", "ddpm"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_no_rows_give_no_chunks(variant, objective, deterministic):
+    p = policy(mail_agents.spec(f"mail/{variant}-{objective}").config(SMALL))
+    assert sample(p, batch(rows=0), deterministic).shape == (0, 4, 2)
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
