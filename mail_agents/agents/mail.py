@@ -220,7 +220,8 @@ def _loss_of(
     mask = batch["action_mask"]
     # A decoder that is not causal sees the end of the noisy chunk from its start: after the end of
     # an episode its last action stands there, whatever the batch holds.
-    actions = repeat_first_valid(batch["action"].flip(1), mask.flip(1)).flip(1)
+    actions = torch.where(mask.unsqueeze(-1), batch["action"], 0.0)
+    actions = repeat_first_valid(actions.flip(1), mask.flip(1)).flip(1)
     return policy.objective.training_loss(
         lambda noisy, t: policy.backbone(features, noisy, t), actions, mask, draws
     )

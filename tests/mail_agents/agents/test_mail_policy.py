@@ -93,6 +93,22 @@ def test_padded_targets_carry_no_gradient():
         assert loss(p, b) != loss(p, b | {"action_mask": torch.ones_like(b["action_mask"])})
 
 
+@pytest.mark.parametrize("objective", ["bc", "ddpm"])
+def test_targets_that_do_not_exist_may_hold_anything(objective):
+    """Also where a chunk has none that does, or one is missing between others."""
+    p, b = policy(objective=objective, **{"decoder.mixer": "bimamba"}), batch()
+    b["action_mask"][0] = False
+    b["action_mask"][1, 2:] = False
+    b["action_mask"][2, 1] = False
+    valid = b["action_mask"][..., None]
+    broken = b | {"action": torch.where(valid, b["action"], torch.nan)}
+    assert loss(p, b) == loss(p, broken)
+    p.loss(broken, torch.Generator().manual_seed(0))[0].backward()
+    gradients = [each.grad for each in p.parameters() if each.grad is not None]
+    assert gradients
+    assert all(each.isfinite().all() for each in gradients)
+
+
 def test_released_variant_sees_short_histories_and_refuses_padding():
     p, b = policy(padding="none"), batch()
     first = {key: b[key][:, -1:] for key in ("obs/state", "obs/goal", "mask")}
