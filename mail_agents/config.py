@@ -5,11 +5,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar, cast, get_type_hints
+from typing import Any, Literal, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import dacite
 
-from mail_agents.errors import InvalidInputError, unknown_name
+from mail_agents.errors import InvalidInputError, suggest, unknown_name
 
 C = TypeVar("C")
 
@@ -138,8 +138,20 @@ def _build(cls: type[C], data: Mapping[str, Any]) -> C:
     config = dacite.Config(strict=True, cast=[tuple])
     try:
         return dacite.from_dict(cls, data, config)
+    except dacite.WrongTypeError as error:
+        raise _wrong_value(cls, error) from error
     except dacite.DaciteError as error:
         raise InvalidInputError(f"{cls.__name__}: {error}.") from error
+
+
+def _wrong_value(cls: type, error: dacite.WrongTypeError) -> InvalidInputError:
+    if get_origin(error.field_type) is not Literal:
+        return InvalidInputError(f"{cls.__name__}: {error}.")
+    valid = [str(choice) for choice in get_args(error.field_type)]
+    return InvalidInputError(
+        f"{cls.__name__} has no choice {error.value!r} for {error.field_path}."
+        f"{suggest(str(error.value), valid)} Valid: {', '.join(valid)}."
+    )
 
 
 def _renamed(data: Mapping[str, Any]) -> Mapping[str, Any]:

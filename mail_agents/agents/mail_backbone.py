@@ -135,8 +135,8 @@ class MailBackbone(nn.Module):
             ``(B, J, A)``.
 
         Raises:
-            InvalidInputError: There are no or too many state tokens, or ``noisy`` and ``t`` do not
-                suit the objective.
+            InvalidInputError: There are no or too many state tokens, a width or dtype is not the
+                model's, or ``noisy`` and ``t`` do not suit the objective.
         """
         self.check(features, noisy, t)
         seen = self.context(self.lead_tokens(features, t))
@@ -176,16 +176,21 @@ class MailBackbone(nn.Module):
                 f"The model takes 1 to {self.max_states} state tokens (B, n, F); got features of "
                 f"shape {tuple(features.shape)}."
             )
+        _check_width("features", features, self.state_proj.in_features)
         if self.diffusion != (noisy is not None) or self.diffusion != (t is not None):
             kind = "needs" if self.diffusion else "does not take"
             raise InvalidInputError(
                 f"This model {kind} noisy actions and their diffusion steps: diffusion models are "
                 "given both, behaviour-cloning models neither."
             )
-        if noisy is not None and noisy.shape[1] != self.horizon:
+        if noisy is None:
+            return
+        if noisy.ndim != 3 or noisy.shape[1] != self.horizon:
             raise InvalidInputError(
-                f"Expected {self.horizon} noisy actions per row; got shape {tuple(noisy.shape)}."
+                f"Expected {self.horizon} noisy actions per row (B, J, A); got shape "
+                f"{tuple(noisy.shape)}."
             )
+        _check_width("noisy actions", noisy, self.head.out_features)
 
     @torch.no_grad()
     def _init_weights(self, init: Literal["mamba", "upstream"]) -> None:
@@ -203,6 +208,15 @@ class MailBackbone(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.positions.weight)
+
+
+def _check_width(name: str, given: Tensor, width: int) -> None:
+    if given.shape[-1] != width or not given.is_floating_point():
+        raise InvalidInputError(
+            f"The model was made for {name} of {width} floats; got shape {tuple(given.shape)}, "
+            f"{given.dtype}. Integers are to be normalised and converted first, as "
+            "agent.prepare(batch) does."
+        )
 
 
 def _stack(config: StackConfig, width: int, max_len: int, *, cross: bool) -> Any:

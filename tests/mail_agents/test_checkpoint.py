@@ -182,6 +182,15 @@ def test_golden_artifacts_of_every_format_load_and_act_as_they_did(folder):
         np.testing.assert_allclose(actions, stored["actions"][str(deterministic)], atol=1e-4)
 
 
+def test_the_first_golden_artifact_is_from_before_stacks_had_heads():
+    """So that what it lacks has to be filled in to act as it did."""
+    (first,) = (path for path in GOLDEN if path.name == "artifact-v1")
+    stacks = [read_info(first)["config"][part] for part in ("encoder", "decoder")]
+    assert all("headdim" not in stack for stack in stacks)
+    loaded = load_agent(first, device="cpu").config
+    assert [loaded.encoder.headdim, loaded.decoder.headdim] == [64, 64]
+
+
 def test_there_is_a_golden_artifact_for_the_current_format():
     assert f"artifact-v{checkpoint.FORMAT_VERSION}" in [path.name for path in GOLDEN]
 

@@ -136,6 +136,25 @@ def test_replace_names_what_does_not_exist(overrides, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            {"decoder.mixer": "mamba3"},
+            ["'mamba3' for decoder.mixer", "Did you mean 'mamba", "mamba2, bimamba, hydra, att"],
+        ),
+        ({"encoder": {"mixer": "hidra"}}, ["for encoder.mixer", "Did you mean 'hydra'?"]),
+        ({"objective": 5}, ["5 for objective", "Valid: bc, ddpm"]),
+        ({"width": "wide"}, ['"width"', '"int"', '"wide"']),
+    ],
+)
+def test_choices_that_do_not_exist_are_answered_with_those_that_do(overrides, words):
+    with pytest.raises(InvalidInputError) as caught:
+        MailConfig().replace(overrides)
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_replace_cannot_reach_into_plain_fields():
     with pytest.raises(InvalidInputError, match="has no fields"):
         Config().replace({"history.deep": 1})

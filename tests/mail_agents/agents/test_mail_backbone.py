@@ -89,6 +89,14 @@ def test_inputs_are_checked():
         net(features, noisy[:, :4], t)
     with pytest.raises(InvalidInputError, match="does not take noisy actions"):
         model(diffusion=False)(features, noisy, t)
+    with pytest.raises(InvalidInputError, match=rf"features of {FEATURES} floats.*\(2, 5, 3\)"):
+        net(features[..., :3], noisy, t)
+    with pytest.raises(InvalidInputError, match=r"features of .* floats.*int64.*agent\.prepare"):
+        net(features.long(), noisy, t)
+    with pytest.raises(InvalidInputError, match=rf"noisy actions of {ACTIONS} floats"):
+        net(features, noisy[..., :1], t)
+    with pytest.raises(InvalidInputError, match=r"\(B, J, A\).*\(2, 5\)"):
+        net(features, noisy[..., 0], t)
 
 
 # ---- tokens ------------------------------------------------------------------------------------
