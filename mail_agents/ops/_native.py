@@ -110,12 +110,27 @@ def refuse_memory(*tensors: Tensor | None) -> str | None:
         return "its kernels need tensors on the CPU"
     if any(tensor.dtype == torch.float64 for tensor in present):
         return "its kernels compute in float32, an input is float64"
-    if torch.compiler.is_compiling():
-        return "the call is being traced"
+    if recorded():
+        return "the call is being traced or recorded"
     other = next((type(x) for x in present if type(x) not in (Tensor, torch.nn.Parameter)), None)
     if other is not None:  # for example one without memory, which stands for another
         return f"an input is a {other.__name__}, not a plain tensor"
+    if any(map(Tensor.is_neg, present)):
+        return "an input is a view that negates its memory"
     return refuse_torch_func()
+
+
+def recorded() -> bool:
+    """Whether something follows single operations: it would miss what a kernel does to memory.
+
+    That is ``torch.compile``, ``torch.jit.trace`` and every dispatch mode, for example those of
+    ``make_fx``, of fake tensors and of counters; where they are off, this takes 0.2 us.
+    """
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+    )
 
 
 def threads() -> int:
