@@ -44,16 +44,24 @@ class Policy(nn.Module, ABC):
 
     #: Recordings of acting, after :meth:`compile`.
     _graphs: Graphs | None = None
+    #: The part of the loss to compile, where it is not the whole: a function of the policy and
+    #: more, that the loss calls in training mode. No method: copies of a policy share it.
+    _loss_of: Any = None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the training loss, in place, and records acting on a GPU.
 
-        Arguments are those of ``torch.compile``, which takes the loss. Acting is recorded as CUDA
-        graphs where the policy asks for it with :meth:`captured`, one per shape of its inputs; on a
-        CPU it stays as it is. A copy of the policy is to be compiled by itself: call this for
-        ``agent.policies()``, as an average of the weights acts in place of the trained ones.
+        Arguments are those of ``torch.compile``, which takes the loss, or the part of it that a
+        policy has apart for this; losses in evaluation mode are not compiled then. Acting is
+        recorded as CUDA graphs where the policy asks for it with :meth:`captured`, one per shape of
+        its inputs; on a CPU it stays as it is. A copy of the policy is to be compiled by itself:
+        call this for ``agent.policies()``, as an average of the weights acts in place of the
+        trained ones.
         """
-        super().compile(*args, **kwargs)
+        if self._loss_of is None:
+            super().compile(*args, **kwargs)
+        else:
+            self._loss_of = torch.compile(self._loss_of, *args, **kwargs)
         self._graphs = Graphs()
 
     def captured(

@@ -6,14 +6,13 @@ action); the action is read off the state token.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mail_agents.cuda_graphs import Graphs
 from mail_agents.features import FeatureSpec
 from mail_agents.policy import Batch
 from mail_baselines.config import SequenceConfig
@@ -40,6 +39,9 @@ class ResidualEmbedding(nn.Module):
 
 class SequencePolicy(OfflinePolicy):
     """Predicts the action of every step from the tokens up to its state.
+
+    What :meth:`~mail_agents.policy.Policy.compile` records is the prediction for a window, or one
+    step of a stream with its state.
 
     Args:
         config: Tokens, trunk, heads and loss.
@@ -72,15 +74,7 @@ class SequencePolicy(OfflinePolicy):
         #: Highest return of the training data, or None; reading the buffer would wait for the
         #: accelerator.
         self.best: float | None = None
-        self._loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]] = _loss_of
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """See :class:`~mail_agents.policy.Policy`; losses in evaluation mode are not compiled.
-
-        What is recorded is the prediction for a window, or one step of a stream with its state.
-        """
-        self._loss_of = torch.compile(_loss_of, *args, **kwargs)
-        self._graphs = Graphs()
+        self._loss_of = _loss_of
 
     def set_returns(self, largest: float, best: float) -> None:
         """Tells the policy about the returns of the training data.

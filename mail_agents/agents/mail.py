@@ -10,8 +10,8 @@ released code, each reversed by the ``-released`` presets:
 - Mamba blocks keep Mamba's own initial weights; the release overwrites them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from mail_agents.agent import Agent
 from mail_agents.agents.mail_backbone import MailBackbone
 from mail_agents.agents.mail_config import MailConfig, StackConfig
 from mail_agents.agents.mail_plan import Denoiser
-from mail_agents.cuda_graphs import Graphs
 from mail_agents.data.instructions import instruction
 from mail_agents.data.stats import FeatureStats
 from mail_agents.encoders.augment import Augmentation
@@ -55,6 +54,12 @@ def repeat_first_valid(x: Tensor, mask: Tensor) -> Tensor:
 
 class MailPolicy(Policy):
     """Encoders, sequence model and objective over normalised windows.
+
+    What :meth:`~mail_agents.policy.Policy.compile` compiles is the loss after random numbers have
+    been drawn, but for those of dropout, which are the compiler's own. On the CPU that is one
+    graph, in which scan and convolution of Mamba blocks are single operations; on a GPU those two
+    interrupt it, because which of their kernels runs is decided at run time. A recorded plan holds
+    everything from the observations to the chunk; its noise is drawn before.
 
     Args:
         config: Configuration.
@@ -98,19 +103,7 @@ class MailPolicy(Policy):
         unknown = torch.full((features.action.size,), torch.nan)
         self.register_buffer("action_low", unknown.clone())
         self.register_buffer("action_high", unknown.clone())
-        self._loss_of: Callable[..., Tensor] = _loss_of
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """See :class:`~mail_agents.policy.Policy`; losses in evaluation mode are not compiled.
-
-        Random numbers are drawn before the compiled part, as without it, but for dropout, whose
-        draws are the compiler's own. On the CPU the whole loss is one graph, in which scan and
-        convolution of Mamba blocks are single operations; on a GPU those two interrupt it, because
-        which of their kernels runs is decided at run time. A recorded plan holds everything from
-        the observations to the chunk; its noise is drawn before.
-        """
-        self._loss_of = torch.compile(_loss_of, *args, **kwargs)
-        self._graphs = Graphs()
+        self._loss_of = _loss_of
 
     def set_action_bounds(self, low: Tensor, high: Tensor) -> None:
         """Sets the range, in normalised units, that diffusion samples are clamped to; ``(A,)``."""
@@ -215,7 +208,7 @@ def _loss_of(
     augmentations: Mapping[str, Augmentation] | None,
     draws: Draws,
 ) -> Tensor:
-    """The deterministic part of the loss. No method: copies of a policy share its compilation."""
+    """The deterministic part of the loss."""
     features = policy.encode(batch, augmentations)
     mask = batch["action_mask"]
     # A decoder that is not causal sees the end of the noisy chunk from its start: after the end of
