@@ -25,7 +25,9 @@ Layers = tuple[list[tuple[nn.Module | None, nn.Module]], nn.Module | None]
 _CANDIDATES = (Candidate("native", LayerStack.run, lambda *_: load().failure or None),)
 _PLAIN = (Tensor, nn.Parameter)
 #: What the kernel computes in place of the modules.
-_METHODS = ("forward", "prefill", "_run", "_select", "_decay")
+_METHODS = ("forward", "prefill", "step", "_run", "_select", "_decay", "_blocks")
+#: Some packages put other methods in their place.
+_FORWARDS = (nn.Linear.forward, nn.LayerNorm.forward)
 
 
 class FusedLayers:
@@ -86,7 +88,7 @@ class FusedLayers:
             return None
         if requested_backend(backend) not in ("auto", "native") or load().failure:
             return None
-        if state is not None and not stack.takes(state, x.shape[0]):
+        if not stack.takes(state, x.shape[0]) if state is not None else dims == 2:
             return None
         note_backend("mamba_layers", "native", ())
         return stack.run(x, state, aggregate, return_state)
@@ -135,17 +137,22 @@ class _Plan:
         self._parameters = [p for p in self._slots if p is not None]
         # Only these can be transposed in place of themselves.
         self._square = [p for p in self._parameters if p.dim() > 1 and p.shape[0] == p.shape[1]]
+        self._types = list(map(type, inner))
+        self._modules = inner
         self._places = self._where()
 
     def valid(self, owner: nn.Module) -> bool:
         """Whether all is as it was: children, parameters and where they are, and no hooks."""
         if owner.__dict__ is not self._owner or not self._unwatched():
             return False
+        if (nn.Linear.forward, nn.LayerNorm.forward) != _FORWARDS:
+            return False
         if any(norm["eps"] != self.stack.eps for norm in self._norms):
             return False
         slots = _values(self._parameter_dicts)
         return (
             _values(self._child_dicts) == self._children
+            and list(map(type, self._modules)) == self._types
             and len(slots) == len(self._slots)
             and all(map(is_, slots, self._slots))
             and self._where() == self._places
@@ -173,6 +180,7 @@ class _Plan:
         return (
             list(map(Tensor.data_ptr, self._parameters)),
             self._parameters[0].dtype,
+            list(map(Tensor.size, self._parameters)),
             list(map(Tensor.stride, self._square)),
         )
 
@@ -193,7 +201,7 @@ def _replaced(attributes: Sequence[dict[str, Any]]) -> bool:
 def _make_plan(owner: nn.Module, layers: Callable[[Any], Layers | None]) -> _Plan | None:
     found = layers(owner)
     inner = list(owner.modules())[1:]
-    if found is None or any(_hooks(inner)) or _replaced([m.__dict__ for m in inner]):
+    if found is None or any(_hooks(inner)) or _replaced([m.__dict__ for m in (owner, *inner)]):
         return None
     pairs, last = found
     norms: list[Any] = [norm for norm, _ in pairs if norm is not None]
@@ -202,15 +210,35 @@ def _make_plan(owner: nn.Module, layers: Callable[[Any], Layers | None]) -> _Pla
     if not plain or len({(norm.eps, norm.weight is None) for norm in norms}) > 1:
         return None
     weights = [_weights(norm, mixer) for norm, mixer in pairs]
-    parameters = [p for m in (owner, *inner) for p in m._parameters.values() if p is not None]
+    ending = _parameters({"weight": (last, "weight"), "bias": (last, "bias")})
     shapes = [[None if p is None else p.shape for p in layer] for layer in weights if layer]
-    if len(shapes) < len(weights) or any(shape != shapes[0] for shape in shapes):
+    if len(shapes) < len(weights) or any(shape != shapes[0] for shape in shapes) or ending is None:
         return None
+    first = next(layer for layer in weights if layer)
+    if any(p is not None and p.shape != first.in_weight.shape[1:] for p in ending.values()):
+        return None
+    parameters = [p for m in (owner, *inner) for p in m._parameters.values() if p is not None]
     if not all(_plain(p) and p.is_contiguous() for p in parameters):
         return None
-    ending = (None, None) if last is None else (norms[-1].weight, norms[-1].bias)
-    stack = LayerStack([w for w in weights if w], ending, norms[0].eps if norms else 0.0)
+    stack = LayerStack(
+        [layer for layer in weights if layer],
+        (ending["weight"], ending["bias"]),
+        norms[0].eps if norms else 0.0,
+    )
     return _Plan(inner, owner, [mixer for _, mixer in pairs], stack)
+
+
+def _parameters(places: dict[str, tuple[Any, str]]) -> dict[str, Any] | None:
+    """Parameters by name, None where there is no module.
+
+    None altogether where an attribute is something else than a parameter: that changes unseen.
+    """
+    found = {}
+    for name, (module, attribute) in places.items():
+        found[name] = None if module is None else getattr(module, attribute, None)
+        if module is not None and found[name] is not module._parameters.get(attribute):
+            return None
+    return found
 
 
 def _weights(norm: Any, mixer: Any) -> LayerWeights | None:
@@ -220,11 +248,24 @@ def _weights(norm: Any, mixer: Any) -> LayerWeights | None:
         return None
     if type(mixer.conv1d) is not nn.Conv1d or mixer.x_proj.bias is not None:
         return None
-    if mixer.dt_proj.bias is None or (norm is not None and norm.weight is None):
-        return None
-    return LayerWeights(
-        *((None, None) if norm is None else (norm.weight, norm.bias)),
-        *(mixer.in_proj.weight, mixer.in_proj.bias, mixer.conv1d.weight, mixer.conv1d.bias),
-        *(mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D),
-        *(mixer.out_proj.weight, mixer.out_proj.bias),
+    found = _parameters(
+        {
+            "norm_weight": (norm, "weight"),
+            "norm_bias": (norm, "bias"),
+            "in_weight": (mixer.in_proj, "weight"),
+            "in_bias": (mixer.in_proj, "bias"),
+            "conv_weight": (mixer.conv1d, "weight"),
+            "conv_bias": (mixer.conv1d, "bias"),
+            "x_weight": (mixer.x_proj, "weight"),
+            "dt_weight": (mixer.dt_proj, "weight"),
+            "dt_bias": (mixer.dt_proj, "bias"),
+            "A_log": (mixer, "A_log"),
+            "D": (mixer, "D"),
+            "out_weight": (mixer.out_proj, "weight"),
+            "out_bias": (mixer.out_proj, "bias"),
+        }
     )
+    if found is None or (norm is not None and found["norm_weight"] is None):
+        return None
+    layer = LayerWeights(**found)
+    return layer if layer.fits() else None

@@ -236,6 +236,8 @@ class MambaStack(nn.Module):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """Maps one token (B, D) to (B, D); ``aggregate`` is E at this position, (B, D).
 
+        States of all layers may share memory, so keeping one of them keeps all.
+
         Raises:
             InvalidInputError: The mixers are not causal, or ``aggregate`` does not suit ``x``.
         """
@@ -266,7 +268,7 @@ class MambaStack(nn.Module):
     def _check_causal(self, asked: str) -> None:
         if not self.causal:
             kind = type(next(iter(self._blocks())).mixer).__name__
-            raise InvalidInputError(no_states(f"A stack of {kind}", asked))
+            raise no_states(f"A stack of {kind}", asked)
 
 
 class StackState(NamedTuple):
@@ -400,6 +402,8 @@ class TransformerStack(nn.Module):
 
 def _mamba_layers(stack: MambaStack) -> Layers | None:
     blocks = list(stack.layers)
+    if type(stack) is not MambaStack:
+        return None
     if any(type(block) is not ResidualBlock or type(block.mixer) is not Mamba for block in blocks):
         return None
     return [(cast(Any, block).norm, cast(Any, block).mixer) for block in blocks], stack.norm_f

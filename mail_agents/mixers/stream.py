@@ -30,9 +30,9 @@ class MambaStream:
 
     Made by :meth:`~mail_agents.mixers.stack.MambaStack.stream`.
 
-    Weights are read where they are, so training the stack goes on changing what a stream computes.
-    After a conversion of the stack (``to``, ``half``) or a replacement of its parts, make a new
-    one: this one keeps the weights it was made with.
+    Weights that are changed in place (training, ``load_state_dict``) count from the next
+    :meth:`reset` on at the latest. After a conversion of the stack (``to``, ``half``) or a
+    replacement of its parts, make a new one: this one keeps the weights it was made with.
 
     Attributes:
         backend: What makes the steps: ``native``, ``torch``, or ``modules`` where the stack has to
@@ -83,13 +83,12 @@ class MambaStream:
             InvalidInputError: ``rows`` has another shape or dtype.
         """
         (batch, _), _, device = self._like
-        if rows is None:
-            rows = torch.ones(batch, dtype=torch.bool, device=device)
-        if rows.shape != (batch,) or rows.dtype != torch.bool:
+        chosen = torch.ones(batch, dtype=torch.bool, device=device) if rows is None else rows
+        if chosen.shape != (batch,) or chosen.dtype != torch.bool:
             raise InvalidInputError(
-                f"reset takes a bool per row ({batch},), got {rows.dtype} {tuple(rows.shape)}."
+                f"reset takes a bool per row ({batch},), got {chosen.dtype} {tuple(chosen.shape)}."
             )
-        self._stream.reset(rows)
+        self._stream.reset(chosen)
 
 
 class _ModuleStream:

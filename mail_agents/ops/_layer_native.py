@@ -39,6 +39,25 @@ class LayerWeights(NamedTuple):
     out_weight: Tensor  # (d, D)
     out_bias: Tensor | None  # (d,)
 
+    def fits(self) -> bool:
+        """Whether all that has to be there is, in these shapes."""
+        widths = (self.in_weight, self.conv_weight, self.dt_weight, self.A_log)
+        if any(p is None or p.dim() < 2 for p in widths):
+            return False
+        d, (D, N), R = self.in_weight.shape[1], self.A_log.shape, self.dt_weight.shape[1]
+        shapes = LayerWeights(
+            *((d,), (d,), (2 * D, d), (2 * D,), (D, 1, self.conv_weight.shape[-1]), (D,)),  # type: ignore[arg-type]
+            *((R + 2 * N, D), (D, R), (D,), (D, N), (D,), (d, D), (d,)),  # type: ignore[arg-type]
+        )
+        for name, given in self._asdict().items():
+            if given is None and name not in _OPTIONAL:
+                return False
+            if given is not None and given.shape != getattr(shapes, name):
+                return False
+        return True
+
+
+_OPTIONAL = ("norm_weight", "norm_bias", "in_bias", "conv_bias", "out_bias")
 
 #: History (B, W-1, D) and state (B, D, N) of a layer.
 State = tuple[Tensor, Tensor]
@@ -75,7 +94,7 @@ class LayerStack:
         self._residual = int(first.norm_weight is not None)
         self._weights = array("q", [_address(part) for layer in layers for part in layer])
         self._last = [_address(part) for part in last_norm]
-        self._sizes: tuple[tuple[int, int, int], Any, int] = ((0, 0, 0), None, 0)
+        self._known: tuple[tuple[int, int, int], Any, int] = ((0, 0, 0), None, 0)
 
     def tensors(self) -> list[Tensor | None]:
         """Returns all parameters."""
@@ -127,7 +146,7 @@ class LayerStack:
         """
         library = _library()
         length, workers = 1 if x.dim() == 2 else x.shape[1], threads()
-        sizes, scratch = self._plan(library, x.shape[0], length, workers)
+        sizes, scratch = self._sizes_for(library, x.shape[0], length, workers)
         x = x.contiguous()
         out = torch.empty_like(x)
         aggregate = None if aggregate is None else aggregate.contiguous()
@@ -147,16 +166,16 @@ class LayerStack:
         )
         return out
 
-    def _plan(
+    def _sizes_for(
         self, library: ctypes.CDLL, batch: int, length: int, workers: int
     ) -> "tuple[array[int], int]":
         """Sizes for the kernel, and the floats of scratch memory it needs for them."""
         key = (batch, length, workers)
-        known, sizes, scratch = self._sizes
+        known, sizes, scratch = self._known
         if known != key:
             sizes = array("q", [len(self.parameters), batch, length, *self._shape, self._residual])
             scratch = library.mamba_layers_scratch(sizes.buffer_info()[0], workers)
-            self._sizes = key, sizes, scratch
+            self._known = key, sizes, scratch
         return sizes, scratch
 
     def _states(self, x: Tensor, batch: int) -> tuple[list[State], tuple[int, int]]:
@@ -227,6 +246,7 @@ def _usable(tensor: Tensor, shape: tuple[int, ...]) -> bool:
         and tensor.dtype is torch.float32
         and tensor.is_cpu
         and tensor.shape == shape
+        and not tensor.is_neg()
     )
 
 

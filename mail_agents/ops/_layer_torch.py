@@ -61,30 +61,18 @@ class _LayerStream:
         self._sizes = (p.dt_weight.shape[1], n, n)
         self._ssm = p.A_log.new_zeros(batch, n, inner)
         self._buffers = p.A_log.new_zeros(2, batch, width + 1, inner).unbind()
-        self._made_from: tuple[int, ...] = ()
-        self._prepare()
         self.reset(torch.ones(batch, dtype=torch.bool))
 
-    def _prepare(self) -> None:
-        """Puts decay rates and taps in the layout of the state, once for every change of them."""
+    def _read_weights(self) -> None:
+        """Puts decay rates and taps in the layout of the state."""
         p = self._p
-        bias = p.conv_bias
-        made_from = (
-            p.A_log._version,
-            p.conv_weight._version,
-            -1 if bias is None else bias._version,
-        )
-        if made_from == self._made_from:
-            return
-        self._made_from = made_from
         self._decay = p.A_log.t().exp().mul_(-_LOG2E).contiguous()
         self._taps = p.conv_weight.squeeze(1).t().flip(0).contiguous()
-        self._bias = torch.zeros_like(p.D) if bias is None else bias
+        self._bias = torch.zeros_like(p.D) if p.conv_bias is None else p.conv_bias
         for sums in self._buffers:
             sums[:, -1] = self._bias
 
     def step(self, x: Tensor) -> Tensor:
-        self._prepare()
         p, (old, new) = self._p, self._buffers
         self._buffers = new, old
         residual = p.norm_weight is not None
@@ -105,6 +93,7 @@ class _LayerStream:
         return out if p.out_bias is None else out.add_(p.out_bias)
 
     def reset(self, rows: Tensor) -> None:
+        self._read_weights()
         self._ssm[rows] = 0.0
         for sums in self._buffers:
             sums[rows] = self._bias

@@ -162,14 +162,16 @@ static inline void panel(const Product& p, int64_t row, int64_t first, int64_t l
 /// Weights of one panel stay in the first-level cache while all rows pass by.
 constexpr int64_t PANEL = 16;
 
-/// out = x W^T (+ bias) (+ out) for all rows.
+/// out = x W^T (+ bias) (+ out) for all rows. Shapes of tiles were chosen by measuring.
 static inline void multiply(const Product& p, int64_t rows) {
   constexpr bool WIDE = LANES >= 16;  // then there are 32 registers, too
   for (int64_t first = 0; first < p.columns; first += PANEL) {
     int64_t last = first + PANEL < p.columns ? first + PANEL : p.columns;
     int64_t row = 0;
-    if constexpr (WIDE)
-      for (; row + 4 <= rows; row += 4) panel<4, 4>(p, row, first, last);
+    if constexpr (WIDE) {
+      for (; row + 5 <= rows; row += 5) panel<5, 4>(p, row, first, last);
+      for (; row + 4 <= rows; row += 4) panel<4, 8>(p, row, first, last);
+    }
     for (; row + 2 <= rows; row += 2) panel<2, WIDE ? 8 : 4>(p, row, first, last);
     for (; row < rows; row++) panel<1, WIDE ? 16 : 8>(p, row, first, last);
   }

@@ -6,7 +6,8 @@
 // values fit into its scratch memory, through all layers; a long sequence goes by in pieces, which
 // hand on their states. Weights are read where torch keeps them, and nothing is kept between calls.
 // What a row gives depends on nothing but that row: not on the other rows, their number, the number
-// of threads, or how a sequence is cut.
+// of threads, or how a sequence is cut. Convolution and scan are those of conv.cpp and scan.cpp
+// without what training needs, in the layout that the products leave behind.
 #include <cmath>
 
 #include "gemm.h"

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from mail_agents.mixers import Mamba, MambaStack, MambaState
@@ -202,7 +203,22 @@ CHANGES = {
         {k: v + 0.1 for k, v in s.state_dict().items()}, assign=True
     ),
     "bias": lambda s: setattr(s.layers[0].mixer.conv1d, "bias", None),
+    "class": lambda s: setattr(s.layers[1].mixer.in_proj, "__class__", _Doubled),
+    "method": lambda s: setattr(s.layers[0].mixer, "_decay", lambda: -torch.ones(32, 16)),
+    "pruned": lambda s: prune.random_unstructured(s.layers[0].mixer, "D", 0.5),
+    "no parameter": lambda s: _plain_weight(s.layers[1].mixer.in_proj),
 }
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _plain_weight(linear):
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.weight = 1.5 * weight
 
 
 @needs_native
@@ -226,6 +242,55 @@ def test_a_weight_that_became_its_own_transpose_is_noticed():
     after = stack(x)
     torch.testing.assert_close(after, by_modules(stack, "forward", x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, after)
+
+
+@torch.no_grad()
+def test_weights_that_are_no_parameters_are_followed():
+    stack, x = randomised(MambaStack(16, 2)), torch.randn(2, 5, 16)
+    mixer = stack.layers[0].mixer
+    prune.random_unstructured(mixer, "A_log", 0.5)
+    _plain_weight(stack.layers[1].mixer.in_proj)
+    for factor in (1.0, 1.5):
+        mixer.A_log_orig.mul_(factor)
+        stack.layers[1].mixer.in_proj.weight *= factor
+        wanted = by_modules(stack, "forward", x)
+        torch.testing.assert_close(stack(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+BROKEN = {
+    "no D": lambda s: setattr(s.layers[0].mixer, "D", None),
+    "short D": lambda s: setattr(s.layers[0].mixer, "D", nn.Parameter(torch.ones(3))),
+    "narrow in_proj": lambda s: setattr(s.layers[1].mixer, "in_proj", nn.Linear(16, 6)),
+    "narrow x_proj": lambda s: setattr(s.layers[1].mixer, "x_proj", nn.Linear(32, 6, bias=False)),
+    "narrow norm": lambda s: setattr(s.layers[0], "norm", nn.LayerNorm(4)),
+    "narrow last norm": lambda s: setattr(s, "norm_f", nn.LayerNorm(4)),
+    "shrunk": lambda s: setattr(
+        s.layers[0].mixer.D, "data", s.layers[0].mixer.D.data[:4]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("breakage", BROKEN)
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_parameters_that_do_not_fit_never_reach_the_kernel(breakage, ran_before):
+    stack, x = randomised(MambaStack(16, 2)), torch.randn(2, 5, 16)
+    if ran_before:
+        ran(lambda: stack(x))
+    BROKEN[breakage](stack)
+    _, result = ran(lambda: _quietly(lambda: stack(x)))
+    if breakage == "no D":  # which only the kernel needs
+        wanted = by_modules(stack, "forward", x)
+        torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
+    else:
+        assert isinstance(result, Exception)
+    assert _quietly(lambda: stack.stream(2)).backend == "modules"
+
+
+def test_a_step_needs_a_state():
+    stack = randomised(MambaStack(16, 2))
+    assert isinstance(
+        ran(lambda: _quietly(lambda: stack.step(torch.zeros(2, 16), None)))[1], Exception
+    )
 
 
 @needs_native
