@@ -20,7 +20,6 @@ from mail_agents.artifact import artifact_bytes, load_agent
 from mail_agents.check_subject import NotApplicable, Subject, Violation
 from mail_agents.data.segments import SegmentSpec
 from mail_agents.errors import MailAgentsError, MissingStatisticsError
-from mail_agents.mixers.base import CausalMixer
 from mail_agents.registry import AgentSpec
 
 _TOLERANCE = 1e-4
@@ -334,7 +333,7 @@ def _is_plain_mixer(module: torch.nn.Module) -> bool:
     """Whether a module has steps and reads one sequence (decoder attention reads a memory too)."""
     arguments = list(inspect.signature(module.forward).parameters)
     return (
-        isinstance(module, CausalMixer)
+        getattr(module, "causal", False)
         and arguments == ["x", "mask"]
         and hasattr(module, "d_model")
     )

@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mail_agents.errors import InvalidInputError
+
 
 @runtime_checkable
 class Mixer(Protocol):
@@ -25,9 +27,8 @@ class Mixer(Protocol):
         ...
 
 
-@runtime_checkable
 class CausalMixer(Mixer, Protocol):
-    """A :class:`Mixer` that can also run step by step.
+    """A :class:`Mixer` that can also run step by step. Whether one is, its ``causal`` tells.
 
     ``step`` over the tokens of a sequence, from ``init_state``, gives what ``__call__`` gives for
     the whole sequence; ``prefill`` does the same for a prefix at once and returns its state.
@@ -54,6 +55,10 @@ class CausalMixer(Mixer, Protocol):
         ...
 
 
+class NotCausalError(InvalidInputError, AttributeError):
+    """What is not causal was asked for states or steps; ``hasattr`` takes it as an answer."""
+
+
 class NonCausalMixer(nn.Module):
     """Base of mixers that read sequences from both ends; asking them for a state says why not."""
 
@@ -61,13 +66,13 @@ class NonCausalMixer(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("init_state", "step", "prefill"):
-            raise AttributeError(no_states(type(self).__name__, name))
+            raise no_states(type(self).__name__, name)
         return super().__getattr__(name)
 
 
-def no_states(what: str, asked: str) -> str:
-    """Words the refusal of ``asked`` (a method) by ``what``, which is not causal."""
-    return (
+def no_states(what: str, asked: str) -> NotCausalError:
+    """Builds the refusal of ``asked`` (a method) by ``what``, which is not causal."""
+    return NotCausalError(
         f"{what} has no {asked}: every output depends on later tokens, so there is no state to "
         "carry from one step to the next. Give it the whole sequence at once, or stream with a "
         "causal mixer: 'mamba', 'mamba2' or 'attention'."
