@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import NonCausalMixer, zero_masked
 from mail_agents.mixers.mamba import init_step_size
+from mail_agents.ops._precision import decay_rates
 from mail_agents.ops.causal_conv1d import causal_conv1d
 from mail_agents.ops.selective_scan import selective_scan
 
@@ -123,10 +124,11 @@ class BiMamba(NonCausalMixer):
         dt = nn.functional.linear(dt, dt_proj.weight)
         if mask is not None:
             dt = dt.masked_fill(~mask.unsqueeze(-1), -math.inf)
-        wide = torch.float64 if A_log.dtype == torch.float64 else torch.float32
-        decay = -torch.exp(A_log.to(wide))
-        bias, backend = dt_proj.bias, self.backend
-        return selective_scan(u, dt, decay, B, C, D, z, delta_bias=bias, backend=backend)
+        return selective_scan(
+            *(u, dt, decay_rates(A_log), B, C, D, z),
+            delta_bias=dt_proj.bias,
+            backend=self.backend,
+        )
 
 
 def _conv(channels: int, width: int, bias: bool) -> nn.Conv1d:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mail_agents.errors import InvalidInputError, nearest_divisor
+from mail_agents.ops._precision import wide_dtype
 
 
 class GatedRMSNorm(nn.Module):
@@ -29,7 +30,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Maps (..., D) with the gate (..., D) to (..., D) in the dtype of ``x``."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x.dtype)
         y, gate, weight = x.to(wide), F.silu(z.to(wide)), self.weight.to(wide)
         if not self.norm_before_gate:
             y = y * gate

@@ -15,6 +15,7 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import NonCausalMixer, zero_masked
 from mail_agents.mixers.heads import GatedRMSNorm, count_heads
 from mail_agents.mixers.mamba import initial_step_bias
+from mail_agents.ops._precision import decay_rates
 from mail_agents.ops.causal_conv1d import causal_conv1d
 from mail_agents.ops.ssd import ssd
 
@@ -122,11 +123,10 @@ class Hydra(NonCausalMixer):
         batch, length = u.shape[:2]
         bc = bc.unflatten(-1, (4, self.ngroups, self.d_state))
         B, C = bc[:, :, 0::2].unbind(2), bc[:, :, 1::2].unbind(2)
-        wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
         y = ssd(
             _both_ways(u, u),
             _both_ways(*dt.chunk(2, dim=-1)),
-            -torch.exp(self.A_log.to(wide)),
+            decay_rates(self.A_log),
             _both_ways(*B),
             _both_ways(*C),
             dt_bias=self.dt_bias,

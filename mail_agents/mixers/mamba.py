@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import zero_masked
 from mail_agents.mixers.fused import FusedLayers, Layers
+from mail_agents.ops._precision import decay_rates, wide_dtype
 from mail_agents.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mail_agents.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -51,7 +52,7 @@ class MambaState(NamedTuple):
     @classmethod
     def from_mamba_ssm(cls, conv_state: Tensor, ssm_state: Tensor) -> "MambaState":
         """Builds a state from the cache layout of ``mamba_ssm``; see :meth:`to_mamba_ssm`."""
-        wide = torch.float64 if ssm_state.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(ssm_state.dtype)
         return cls(conv_state[:, :, 1:].transpose(1, 2).contiguous(), ssm_state.to(wide).clone())
 
 
@@ -196,7 +197,7 @@ class Mamba(nn.Module):
         """Returns the zero state; ``dtype`` is that of the activations (default: the weights')."""
         weight = self.in_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = wide_dtype(dtype)
         return MambaState(
             torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
             torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=wide),
@@ -223,8 +224,7 @@ class Mamba(nn.Module):
         return F.linear(dt, self.dt_proj.weight), B, C
 
     def _decay(self) -> Tensor:
-        wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
-        return -torch.exp(self.A_log.to(wide))
+        return decay_rates(self.A_log)
 
 
 def _only_layer(mixer: Mamba) -> Layers | None:

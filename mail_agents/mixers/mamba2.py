@@ -14,6 +14,7 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import zero_masked
 from mail_agents.mixers.heads import GatedRMSNorm, count_heads
 from mail_agents.mixers.mamba import MambaState, initial_step_bias
+from mail_agents.ops._precision import decay_rates, wide_dtype
 from mail_agents.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mail_agents.ops.ssd import ssd, ssd_step
 
@@ -153,12 +154,11 @@ class Mamba2(nn.Module):
         """Returns the zero state; ``dtype`` is that of the activations (default: the weights')."""
         weight = self.in_proj.weight
         device, dtype = device or weight.device, dtype or weight.dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         history = (batch_size, self.d_conv - 1, self.conv1d.in_channels)
         heads = (batch_size, self.nheads, self.headdim, self.d_state)
         return MambaState(
             torch.zeros(history, device=device, dtype=dtype),
-            torch.zeros(heads, device=device, dtype=wide),
+            torch.zeros(heads, device=device, dtype=wide_dtype(dtype)),
         )
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -193,8 +193,7 @@ class Mamba2(nn.Module):
         return self.out_proj(y if self.norm is None else self.norm(y, z))
 
     def _decay(self) -> Tensor:
-        wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
-        return -torch.exp(self.A_log.to(wide))
+        return decay_rates(self.A_log)
 
     def _skip(self) -> Tensor:
         return self.D.view(self.nheads, -1) if self.D_has_hdim else self.D

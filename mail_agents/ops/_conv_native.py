@@ -79,7 +79,7 @@ def conv_backward(
     dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of input, filters, bias and history."""
-    dout = _rows(dout)
+    dout = _rows(dout.resolve_neg())
     dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     dbias = None if bias is None else bias.new_empty(bias.shape)
     dhistory = None if history is None else history.new_empty(history.shape)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
+from mail_agents.ops._precision import wide_dtype
 
 
 class ScanInputs(NamedTuple):
@@ -27,6 +28,10 @@ class ScanInputs(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """Returns the inputs that are tensors."""
         return [value for value in self if isinstance(value, Tensor)]
+
+    def work_dtype(self) -> torch.dtype:
+        """Returns the dtype of all arithmetic: float32, or float64 when an input is float64."""
+        return wide_dtype(*(tensor.dtype for tensor in self.tensors()))
 
     def to(self, dtype: torch.dtype) -> "ScanInputs":
         """Returns the same inputs with all floating point tensors in ``dtype``."""

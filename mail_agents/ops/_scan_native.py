@@ -158,12 +158,12 @@ def scan_backward(
     dD, dbias = (None if x is None else x.new_empty(d) for x in (inputs.D, inputs.delta_bias))
     dz = None if inputs.z is None else torch.empty_like(du)
     dh0 = None if inputs.h0 is None else u.new_empty(batch, n, d)
-    dout = None if dout is None else _rows(dout)
+    dout = None if dout is None else _rows(dout.resolve_neg())
     args = _arguments(inputs)
     args.ungated, args.kept, args.parts = _pointer(ungated), _pointer(kept), parts
     args.dout = _sequence_of(dout)
     if dlast is not None:
-        args.dlast = _state_of(dlast.transpose(1, 2))
+        args.dlast = _state_of(dlast.resolve_neg().transpose(1, 2))
     args.du, args.ddelta, args.dz = _pointer(du), _pointer(ddelta), _pointer(dz)
     args.dA, args.dB, args.dC = _pointer(dA), _pointer(dB), _pointer(dC)
     args.dD, args.dbias, args.dh0 = _pointer(dD), _pointer(dbias), _pointer(dh0)

@@ -107,8 +107,8 @@ class _NumbaScan(torch.autograd.Function):
         # One copy for every thread: their sums have an order of their own, whoever comes first.
         dA = totals(n, width)
         dD, dbias = (totals(0 if x is None else width) for x in (D, bias))
-        gated = u.new_zeros(u.shape) if dout is None else dout.contiguous()
-        carried = dh0[:0] if dlast is None else dlast.transpose(1, 2).contiguous()
+        gated = u.new_zeros(u.shape) if dout is None else dout.resolve_neg().contiguous()
+        carried = dh0[:0] if dlast is None else dlast.resolve_neg().transpose(1, 2).contiguous()
         cotangents = kept.numpy(), gated.numpy(), carried.numpy()
 
         def work(first: int, stop: int) -> None:

@@ -1,13 +1,13 @@
 """Arguments of the state space duality op as one value, so that backends share a signature."""
 
-import contextlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
+from mail_agents.ops._precision import as_dtype, wide_dtype
 
 #: Bounds of the step size that bound nothing: softplus is positive.
 UNLIMITED = (0.0, float("inf"))
@@ -84,8 +84,7 @@ class SsdInputs(NamedTuple):
 
     def work_dtype(self) -> torch.dtype:
         """Returns the dtype of all arithmetic: float32, or float64 when an input is float64."""
-        wide = any(t.dtype == torch.float64 for t in self.tensors())
-        return torch.float64 if wide else torch.float32
+        return wide_dtype(*(t.dtype for t in self.tensors()))
 
 
 def step_sizes(
@@ -114,15 +113,3 @@ def _softplus(x: Tensor) -> Tensor:
     if x.is_cpu and x.dtype is torch.float32:
         return F.softplus(x.double()).float()
     return F.softplus(x)
-
-
-def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, which takes longer than a look at the dtype; single steps do it often."""
-    return x if x.dtype is dtype else x.to(dtype)
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The recurrence compounds rounding errors over time, so mixed precision stops here."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

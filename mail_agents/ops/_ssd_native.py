@@ -70,7 +70,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
 def backward(inputs: Inputs, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D and h0 (None) from the cotangent of y."""
     D, inputs = inputs.D, _ready(inputs)
-    x, dy = inputs.x, _dense(dy)
+    x, dy = inputs.x, _dense(dy.resolve_neg())
     batch, _, heads, head = x.shape
     dx, ddt, dB, dC = (x.new_empty(t.shape) for t in (x, inputs.dt, inputs.B, inputs.C))
     dA, dD = x.new_empty(batch, heads), None if D is None else x.new_empty(batch, heads, head)

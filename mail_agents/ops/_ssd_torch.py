@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mail_agents.ops._ssd_inputs import no_autocast
+from mail_agents.ops._precision import no_autocast
 
 _LOG2E = math.log2(math.e)
 #: Exponents of one step are cut here: 2 to the power of less than -1075 is zero even in float64,

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from mail_agents.errors import InvalidInputError, MissingDependencyError, unknown_name
 from mail_agents.ops import _native
@@ -256,7 +257,9 @@ def refuse_without(extension: Extension, on_cuda: bool) -> str | None:
 
 
 def refuse_torch_func(*_: Any) -> str | None:
-    """Returns why a hand-written backward cannot run: it has no rule for vmap and the like."""
+    """Returns why hand-written gradients cannot run: they have no rule for vmap and the like."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return "a torch.func transform is active" if active is not None and active() else None
 

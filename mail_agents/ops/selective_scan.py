@@ -24,7 +24,6 @@ backend         runs                                        gradients
 ==============  ==========================================  =====================================
 """
 
-import contextlib
 import math
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from mail_agents.ops import _scan_cuda, _scan_native, _scan_numba
 from mail_agents.ops._opaque import opaque_scan, tracing
+from mail_agents.ops._precision import as_dtype, no_autocast
 from mail_agents.ops._scan_inputs import ScanInputs
 from mail_agents.ops._scan_torch import SelectiveScan, prepare
 from mail_agents.ops.backends import (
@@ -96,10 +96,10 @@ def selective_scan(
         *(u, delta, A, B, C, D, z, delta_bias, delta_softplus, h0, reset, return_state)
     )
     inputs.check()
-    with _no_autocast(u.device):
+    with no_autocast(u.device):
         if tracing(u):
             full = u.numel() and A.numel()
-            work = _work_dtype(inputs)
+            work = inputs.work_dtype()
             y, last = opaque_scan(inputs, work, backend) if full else _reference(inputs)
         else:
             y, last = choose("selective_scan", _CANDIDATES, backend, inputs).run(inputs)
@@ -135,10 +135,10 @@ def selective_scan_step(
     Returns:
         y (B, D) in the dtype of ``u``, and the new state (B, D, N) in the dtype of ``state``.
     """
-    with _no_autocast(u.device):
+    with no_autocast(u.device):
         work, given = state.dtype, u.dtype
-        u, A, B, C = _as(u, work), _as(A, work), _as(B, work), _as(C, work)
-        dt = _step_size(_as(delta, work), delta_bias, delta_softplus)
+        u, A, B, C = as_dtype(u, work), as_dtype(A, work), as_dtype(B, work), as_dtype(C, work)
+        dt = _step_size(as_dtype(delta, work), delta_bias, delta_softplus)
         # exp2 is several times faster than exp on CPU.
         decay = torch.exp2((dt * _LOG2E).unsqueeze(-1) * A)
         entering, direction = (dt * u).unsqueeze(-1), B.unsqueeze(1)
@@ -148,41 +148,24 @@ def selective_scan_step(
             state = decay.mul_(state).addcmul_(entering, direction)
         # With the vector on the left: matrix times column is several times slower on CPU.
         y = torch.bmm(C.unsqueeze(1), state.transpose(1, 2)).squeeze(1)
-        return _as(_skip_and_gate(y, u, D, z), given), state
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, which takes longer than a look at the dtype; single steps do it often."""
-    return x if x.dtype is dtype else x.to(dtype)
+        return as_dtype(_skip_and_gate(y, u, D, z), given), state
 
 
 def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     if bias is not None:
-        delta = delta + _as(bias, delta.dtype)
+        delta = delta + as_dtype(bias, delta.dtype)
     return F.softplus(delta) if softplus else delta
 
 
 def _skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
     if D is not None:
-        y = torch.addcmul(y, u, _as(D, y.dtype))
-    return y if z is None else y * F.silu(_as(z, y.dtype))
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The recurrence compounds rounding errors over time, so mixed precision stops here."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def _work_dtype(inputs: ScanInputs) -> torch.dtype:
-    wide = any(t.dtype == torch.float64 for t in inputs.tensors())
-    return torch.float64 if wide else torch.float32
+        y = torch.addcmul(y, u, as_dtype(D, y.dtype))
+    return y if z is None else y * F.silu(as_dtype(z, y.dtype))
 
 
 def _reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written down, one step at a time."""
-    work = _work_dtype(inputs)
+    work = inputs.work_dtype()
     u, A, B, C = (t.to(work) for t in (inputs.u, inputs.A, inputs.B, inputs.C))
     dt = _step_size(inputs.delta.to(work), inputs.delta_bias, inputs.delta_softplus)
     h = u.new_zeros(u.shape[0], *A.shape) if inputs.h0 is None else inputs.h0.to(work)
@@ -201,7 +184,7 @@ def _torch(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
     """The blocked scan of :mod:`mail_agents.ops._scan_torch`."""
     if inputs.u.numel() == 0 or inputs.A.numel() == 0:
         return _reference(inputs)
-    y, last = SelectiveScan.apply(*prepare(inputs.to(_work_dtype(inputs))))  # type: ignore[misc]
+    y, last = SelectiveScan.apply(*prepare(inputs.to(inputs.work_dtype())))  # type: ignore[misc]
     return y.to(inputs.u.dtype), None if last is None else last.transpose(1, 2)
 
 

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from mail_agents.ops import _ssd_cuda, _ssd_native
 from mail_agents.ops._opaque import tracing
-from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, as_dtype, no_autocast, step_sizes
+from mail_agents.ops._precision import as_dtype, no_autocast
+from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, step_sizes
 from mail_agents.ops._ssd_opaque import opaque_ssd
 from mail_agents.ops._ssd_torch import Inputs, StateSpaceDuality
 from mail_agents.ops.backends import (
