@@ -22,7 +22,7 @@ from mail_agents.ops.ssd import ssd
 CHANNELS = 64
 SLOW, MINIMAL = "transformers", "ssd_minimal_discrete"
 #: "reference" is the recurrence, one step at a time.
-BACKENDS = {"cpu": ("torch", "reference"), "cuda": ("cuda", "torch", "reference")}
+BACKENDS = {"cpu": ("native", "torch", "reference"), "cuda": ("cuda", "torch", "reference")}
 FULL = ((32, 150, 512, 128),)
 Size = tuple[int, int, int, int]
 #: Times faster than an alternative, by number of steps.
@@ -119,8 +119,9 @@ def time_duality(arguments: Ops, report: Report) -> None:
         figures[label] = {"seconds": times, "differences": errors}
         if kind == "cpu" and size[2] == 512:
             report.bars += [
-                Bar(f"ssd {label}: torch against {other}", ratio(best, other, "torch"), required)
+                Bar(f"ssd {label}: {ours} against {other}", ratio(best, other, ours), required)
                 for other, required in BARS.get(size[1], {}).items()
+                for ours in ("torch", "native")
             ]
     title = "State space duality, forward and backward (batch x steps x channels x states)"
     report.tables.append(Table("ops ssd", title, ("ssd", *columns), tuple(rows)))

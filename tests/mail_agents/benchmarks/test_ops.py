@@ -29,7 +29,7 @@ def test_a_table_per_question(report):
     assert shapes == {
         "ops scan": (8, 1),
         "ops conv": (5, 1),
-        "ops ssd": (5, 1),
+        "ops ssd": (6, 1),
         "ops memory": (8, 1),
         "ops accuracy": (7, 2),
     }
