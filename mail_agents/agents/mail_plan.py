@@ -6,8 +6,8 @@ what precedes the actions in a causal decoder, can be computed for many diffusio
 further rows of one batch. A denoising step then runs the action tokens alone, from the state that
 the tokens before them have left.
 
-On a GPU the decoder sees the tokens before the actions anew: there tokens cost next to nothing and
-kernels do, and going on from a state takes more of them.
+On a GPU the decoder sees the tokens before the actions anew: a plan then consists of fewer
+operations, each of which has to be launched, and the tokens are few.
 """
 
 from typing import Any, NamedTuple

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mail_agents
 from mail_agents.agents import mail_plan
@@ -13,6 +14,7 @@ from mail_agents.agents.mail_config import MailConfig
 from mail_agents.agents.mail_plan import Denoiser
 from mail_agents.cuda_graphs import Graphs
 from mail_agents.features import Feature, FeatureSpec
+from mail_agents.ops.backends import use_backend
 
 ACTION = Feature("state", (2,), "float32", low=(-1.0, -1.0), high=(1.0, 1.0))
 STATE = Feature("state", (3,), "float32")
@@ -168,6 +170,31 @@ def test_padded_steps_at_the_start_of_an_episode():
 def test_no_rows_give_no_chunks(variant, objective, deterministic):
     p = policy(mail_agents.spec(f"mail/{variant}-{objective}").config(SMALL))
     assert sample(p, batch(rows=0), deterministic).shape == (0, 4, 2)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what computes or copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += not func.is_view
+        return out
+
+
+@pytest.mark.parametrize("variant", ["d-ma", "ed-ma", "d-tr"])
+def test_plans_consist_of_fewer_operations_where_tokens_are_seen_again(variant, monkeypatch):
+    """At the published sizes; that is why a GPU, which has to launch each, gets those."""
+    p, counts = policy(mail_agents.spec(f"mail/{variant}-ddpm").config({})), []
+    for saves_tokens in (True, False):
+        monkeypatch.setattr(mail_plan, "_tokens_cost", lambda _, saves=saves_tokens: saves)
+        with use_backend("torch"), Operations() as seen:
+            sample(p, batch(rows=1, history=5))
+        counts.append(seen.count)
+    assert counts[1] < counts[0]
 
 
 # ---- memory --------------------------------------------------------------------------------------
