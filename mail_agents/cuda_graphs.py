@@ -74,8 +74,8 @@ class Graphs:
         self._gone = 0
         self._lock = threading.RLock()  # a function may ask for a recording of a part of it
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
-        return Graphs(self._given)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, (self._given,)
 
     def __len__(self) -> int:
         return len(self._graphs)
