@@ -99,8 +99,6 @@ class Plan(OnDevice):
     """Observed steps."""
     horizon: int = 5
     """Predicted actions."""
-    compiled: bool = True
-    """Whether policy.compile() is timed as well."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ def planners(
     made = {PLAIN: _planner(lambda: plain_plan(plain, batch), arguments, first)}
     for name in backends:
         made[name] = _planner(_sampler(policy_of(agent), batch), arguments, name)
-    if arguments.compiled:
+    if kind == "cuda":  # pragma: needs gpu
         policy = policy_of(agent)
         policy.compile()
         made[COMPILED] = _planner(_sampler(policy, batch), arguments, "auto")
@@ -153,7 +153,8 @@ def run(arguments: Plan) -> Report:
     report = Report("plan", dataclasses.asdict(arguments), f"{conditions} rounds")
     agent = build(arguments.agent, arguments)
     twin = build(arguments.twin, arguments, **{"decoder.layers": arguments.twin_layers})
-    columns = (PLAIN, *BACKENDS[kind], COMPILED, ACT, TWIN)
+    graphs = (COMPILED,) if kind == "cuda" else ()
+    columns = (PLAIN, *BACKENDS[kind], *graphs, ACT, TWIN)
     rows, panels = [], {}
     watch = stopwatch(arguments.device, arguments.threads)
     for size in arguments.batch_sizes:
@@ -179,7 +180,7 @@ def run(arguments: Plan) -> Report:
             ]
     title = f"A plan of {arguments.agent}, 16 denoising steps"
     report.tables.append(Table("plan", title, ("plans at a time", *columns), tuple(rows)))
-    report.charts.append(Chart(title, "ms", panels, ours=(*BACKENDS[kind], COMPILED, ACT)))
+    report.charts.append(Chart(title, "ms", panels, ours=(*BACKENDS[kind], *graphs, ACT)))
     report.absent = list(dict.fromkeys(report.absent))
     report.notes += _notes(arguments, agent, twin)
     return report

@@ -7,7 +7,7 @@ from mail_agents.benchmarks import plan
 from mail_agents.benchmarks.arguments import Plan
 from mail_agents.errors import MailAgentsError
 
-TINY = Plan(rounds=1, batch_sizes=(1,), history=2, horizon=2, compiled=False)
+TINY = Plan(rounds=1, batch_sizes=(1,), history=2, horizon=2)
 
 
 @pytest.fixture
@@ -23,9 +23,8 @@ def small(monkeypatch):
 def test_plans_are_timed_and_judged(small):
     report = plan.run(TINY)
     (table,) = report.tables
-    assert table.header == ("plans at a time", "plain loop", "native", "torch", "compiled",
-                            "act()", "ED-Tr")  # fmt: skip
-    assert [len(row) for row in table.rows] == [7]
+    assert table.header == ("plans at a time", "plain loop", "native", "torch", "act()", "ED-Tr")
+    assert [len(row) for row in table.rows] == [6]
     assert table.rows[0][1].endswith("(1x)")
     assert {"torch", "act()", "ED-Tr"} <= set(report.figures["1 row"]["seconds"])
     assert [bar.required for bar in report.bars] == [3.0, 1.0]
@@ -33,15 +32,9 @@ def test_plans_are_timed_and_judged(small):
 
 
 def test_several_rows_have_no_bar(small):
-    report = plan.run(Plan(rounds=1, batch_sizes=(3,), history=2, horizon=2, compiled=False))
+    report = plan.run(Plan(rounds=1, batch_sizes=(3,), history=2, horizon=2))
     assert report.tables[0].rows[0][0] == "3 rows"
     assert report.bars == []
-
-
-def test_the_compiled_policy_is_another_candidate(small):
-    agent, args = plan.build(TINY.agent, TINY), Plan(rounds=1, history=2, horizon=2)
-    found = plan.planners(agent, plan._batch(1, args), args, [])
-    assert torch.allclose(found["compiled"](), found["plain loop"](), atol=1e-4)
 
 
 def test_unequal_plans_are_refused(small, monkeypatch):
