@@ -4,6 +4,8 @@ Only traced code calls them: eager code needs no dispatcher in between. Which ba
 decided, and recorded, at every call and not when code is traced; ``native`` and ``torch`` can.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,11 +42,18 @@ def opaque_conv(
 ) -> Tensor:
     """The causal convolution, (B, L, D)."""
     arguments: list[Any] = [x, weight, bias, silu, history, backend]
-    return _conv(*arguments)
+    return _conv(*arguments)[0]
 
 
-def _chosen(op: str, backend: str, *tensors: Tensor | None) -> str:
-    """Name of the backend that runs, ``native`` or ``torch``."""
+def chosen(op: str, backend: str, refusal: Callable[[], str | None], numba: bool) -> str:
+    """Returns the name of the backend that runs, ``native`` or ``torch``.
+
+    Args:
+        op: Name of the op.
+        backend: Its ``backend`` argument.
+        refusal: Why ``native`` cannot run, or None.
+        numba: Whether the op has kernels of numba, which are not to be had here.
+    """
 
     def refuse(_: Any) -> str:
         return "it cannot be compiled, leave out --compile or policy.compile()"
@@ -52,12 +61,14 @@ def _chosen(op: str, backend: str, *tensors: Tensor | None) -> str:
     def run(_: Any) -> None:
         """Stands for backends that run here without their autograd functions."""
 
-    candidates = (
+    candidates = [
         Candidate("cuda", run, lambda _: "its kernels need tensors on a CUDA device"),
-        Candidate("native", run, lambda _: refuse_native(*tensors)),
-        Candidate("torch", run, lambda _: None),
+        Candidate("native", run, lambda _: refusal()),
+        Candidate("torch", run, lambda _: None, stands_in_for=() if numba else ("numba",)),
         Candidate("reference", run, refuse),
-    )
+    ]
+    if numba:
+        candidates.insert(2, Candidate("numba", run, refuse))
     return choose(op, candidates, backend, None).name
 
 
@@ -84,7 +95,8 @@ def _scan(
         (:func:`_kept_states`, B, N, D), and 1 where ``native`` ran, else 0.
     """
     inputs = ScanInputs(u, delta, A, B, C, D, z, bias, softplus, h0, reset, want_state)
-    native = _chosen("selective_scan", backend, *inputs.tensors()) == "native"
+    refusal = functools.partial(refuse_native, *inputs.tensors())
+    native = chosen("selective_scan", backend, refusal, numba=True) == "native"
     kept = _new_kept(inputs)
     found: Any
     if native:
@@ -133,12 +145,15 @@ def _conv(
     silu: bool,
     history: Tensor | None,
     backend: str,
-) -> Tensor:
-    if _chosen("causal_conv1d", backend, x, weight) == "native":
-        return _conv_native.conv_forward(*_conv_native.prepare(x, weight, bias, silu, history)).to(
-            x.dtype
-        )
-    return conv_forward(x, weight.t().contiguous(), bias, "silu" if silu else None, history)[0]
+) -> tuple[Tensor, Tensor]:
+    """Returns y (B, L, D), and 1 where ``native`` ran, else 0."""
+    refusal = functools.partial(_conv_native.refuse, x, weight, bias, history)
+    if chosen("causal_conv1d", backend, refusal, numba=False) == "native":
+        ready = _conv_native.prepare(x, weight, bias, silu, history)
+        return _conv_native.conv_forward(*ready).to(x.dtype), torch.tensor(1)
+    taps = weight.t().contiguous()
+    y = conv_forward(x, taps, bias, "silu" if silu else None, history)[0]
+    return y, torch.tensor(0)
 
 
 @torch.library.custom_op("mail_agents::causal_conv1d_backward", mutates_args=())
@@ -148,11 +163,11 @@ def _conv_gradients(
     bias: Tensor | None,
     silu: bool,
     history: Tensor | None,
-    backend: str,
+    native: Tensor,
     dy: Tensor,
 ) -> list[Tensor]:
     """Gradients of the tensors that are there."""
-    if _chosen("causal_conv1d", backend, x, weight) == "native":
+    if native.item():
         ready = _conv_native.prepare(x, weight, bias, silu, history)
         found = _conv_native.conv_backward(*ready, dy.float())
     else:
@@ -205,8 +220,8 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 @_conv.register_fake
-def _(x: Any, *_: Any) -> Tensor:
-    return _like(x)[0]
+def _(x: Any, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(x)[0], x.new_empty((), dtype=torch.int64)
 
 
 @_conv_gradients.register_fake
@@ -214,9 +229,16 @@ def _(x: Any, weight: Any, bias: Any, silu: Any, history: Any, *_: Any) -> list[
     return _like(x, weight, bias, history)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keeps all arguments and, of the scan, what its backward pass needs."""
-    kept = output[2:] if isinstance(output, tuple) else ()
+def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _keep(ctx, inputs, output[2:])
+
+
+def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _keep(ctx, inputs, output[1:])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], kept: Sequence[Tensor]) -> None:
+    """Keeps all arguments and, of the results, what the backward pass needs."""
     ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *kept)
     ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
@@ -242,11 +264,11 @@ def _scan_backward(ctx: Any, dout: Tensor, dlast: Tensor, *_: Any) -> tuple[Tens
     return _spread(arguments, _scan_gradients(*every))
 
 
-def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    arguments, _ = _restore(ctx)
-    every: list[Any] = [*arguments, dy]
+def _conv_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    arguments, kept = _restore(ctx)
+    every: list[Any] = [*arguments[:5], *kept, dy]
     return _spread(arguments, _conv_gradients(*every))
 
 
-_scan.register_autograd(_scan_backward, setup_context=_setup)
-_conv.register_autograd(_conv_backward, setup_context=_setup)
+_scan.register_autograd(_scan_backward, setup_context=_setup_scan)
+_conv.register_autograd(_conv_backward, setup_context=_setup_conv)

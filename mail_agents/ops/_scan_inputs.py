@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
+from mail_agents.ops._checks import check_shapes
 from mail_agents.ops._precision import wide_dtype
 
 
@@ -51,23 +52,21 @@ class ScanInputs(NamedTuple):
         batch, length, d = u.shape
         n = A.shape[1]
         sequence, projection = (batch, length, d), (batch, length, n)
-        for name, shape in (
-            ("delta", sequence),
-            ("A", (d, n)),
-            ("B", projection),
-            ("C", projection),
-            ("D", (d,)),
-            ("z", sequence),
-            ("delta_bias", (d,)),
-            ("h0", (batch, d, n)),
-            ("reset", (batch, length)),
-        ):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.shape != shape:
-                raise InvalidInputError(
-                    f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape} "
-                    f"from u (B, L, D) = {sequence} and N = {n}."
-                )
+        check_shapes(
+            "selective_scan",
+            (
+                ("delta", self.delta, sequence),
+                ("A", A, (d, n)),
+                ("B", self.B, projection),
+                ("C", self.C, projection),
+                ("D", self.D, (d,)),
+                ("z", self.z, sequence),
+                ("delta_bias", self.delta_bias, (d,)),
+                ("h0", self.h0, (batch, d, n)),
+                ("reset", self.reset, (batch, length)),
+            ),
+            lambda: f"u (B, L, D) = {sequence} and N = {n}",
+        )
         if A.is_complex() or not u.is_floating_point():
             raise InvalidInputError(
                 f"selective_scan needs real floating point inputs, got u {u.dtype}, A {A.dtype}."

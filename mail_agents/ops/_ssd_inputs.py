@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
+from mail_agents.ops._checks import check_shapes
 from mail_agents.ops._precision import as_dtype, wide_dtype
 
 #: Bounds of the step size that bound nothing: softplus is positive.
@@ -45,28 +46,22 @@ class SsdInputs(NamedTuple):
         batch, length, heads, head = x.shape
         groups, n = B.shape[2:]
         sequence, projection = (batch, length, heads, head), (batch, length, groups, n)
-        for name, shape in (
-            ("dt", (batch, length, heads)),
-            ("A", (heads,)),
-            ("B", projection),
-            ("C", projection),
-            ("D", (heads,) if self.D is not None and self.D.dim() == 1 else (heads, head)),
-            ("z", sequence),
-            ("dt_bias", (heads,)),
-            ("h0", (batch, heads, head, n)),
-            ("reset", (batch, length)),
-        ):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.shape != shape:
-                raise InvalidInputError(
-                    f"ssd: {name} has shape {tuple(tensor.shape)}, expected {shape} from "
-                    f"x (B, L, H, P) = {sequence}, G = {groups} and N = {n}."
-                )
-        if groups == 0 or heads % groups:
-            raise InvalidInputError(
-                f"ssd: {groups} groups of B and C do not divide {heads} heads; every group "
-                "serves the same number of heads."
-            )
+        check_shapes(
+            "ssd",
+            (
+                ("dt", self.dt, (batch, length, heads)),
+                ("A", self.A, (heads,)),
+                ("B", B, projection),
+                ("C", self.C, projection),
+                ("D", self.D, skip_shape(self.D, heads, head)),
+                ("z", self.z, sequence),
+                ("dt_bias", self.dt_bias, (heads,)),
+                ("h0", self.h0, (batch, heads, head, n)),
+                ("reset", self.reset, (batch, length)),
+            ),
+            lambda: f"x (B, L, H, P) = {sequence}, G = {groups} and N = {n}",
+        )
+        check_groups("ssd", heads, groups)
         self._check_dtypes()
         low, high = self.dt_limit
         if not 0 <= low <= high:
@@ -85,6 +80,20 @@ class SsdInputs(NamedTuple):
     def work_dtype(self) -> torch.dtype:
         """Returns the dtype of all arithmetic: float32, or float64 when an input is float64."""
         return wide_dtype(*(t.dtype for t in self.tensors()))
+
+
+def skip_shape(D: Tensor | None, heads: int, head: int) -> tuple[int, ...]:
+    """Returns the shape that ``D`` should have: a weight per head, or per channel of each."""
+    return (heads,) if D is not None and D.dim() == 1 else (heads, head)
+
+
+def check_groups(op: str, heads: int, groups: int) -> None:
+    """Raises InvalidInputError unless ``groups`` divide ``heads``."""
+    if groups == 0 or heads % groups:
+        raise InvalidInputError(
+            f"{op}: {groups} groups of B and C do not divide {heads} heads; every group "
+            "serves the same number of heads."
+        )
 
 
 def step_sizes(

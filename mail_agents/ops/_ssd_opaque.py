@@ -4,15 +4,16 @@ Only traced code calls it. Which backend runs is decided, and recorded, at every
 code is traced; ``native`` and ``torch`` can.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mail_agents.ops import _ssd_native
+from mail_agents.ops._opaque import chosen
 from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs
 from mail_agents.ops._ssd_torch import Inputs, Kept, chunks, ssd_backward, ssd_forward
-from mail_agents.ops.backends import Candidate, choose
 
 
 def opaque_ssd(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | None]:
@@ -22,29 +23,12 @@ def opaque_ssd(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | None]:
     return y, last if inputs.want_state else None
 
 
-def _chosen(inputs: Inputs, backend: str) -> str:
-    """Name of the backend that runs, ``native`` or ``torch``."""
-
-    def refuse(_: Any) -> str:
-        return "it cannot be compiled, leave out --compile or policy.compile()"
-
-    def refuse_native(_: Any) -> str | None:
-        if inputs.h0 is not None or inputs.want_state:  # gradients may be asked for later
-            return "the kernel has no gradient through states"
-        # Of step sizes only those are known that softplus, bias and limits have made.
-        rest = (None, None, True, UNLIMITED, inputs.h0, inputs.reset, inputs.want_state)
-        return _ssd_native.refuse(SsdInputs(*inputs[:6], *rest))
-
-    def run(_: Any) -> None:
-        """Stands for backends that run here without their autograd functions."""
-
-    candidates = (
-        Candidate("cuda", run, lambda _: "its kernels need tensors on a CUDA device"),
-        Candidate("native", run, refuse_native),
-        Candidate("torch", run, lambda _: None),
-        Candidate("reference", run, refuse),
-    )
-    return choose("ssd", candidates, backend, None).name
+def _refuse_native(inputs: Inputs) -> str | None:
+    if inputs.h0 is not None or inputs.want_state:  # gradients may be asked for later
+        return "the kernel has no gradient through states"
+    # Of step sizes only those are known that softplus, bias and limits have made.
+    rest = (None, None, True, UNLIMITED, inputs.h0, inputs.reset, inputs.want_state)
+    return _ssd_native.refuse(SsdInputs(*inputs[:6], *rest))
 
 
 @torch.library.custom_op("mail_agents::ssd", mutates_args=())
@@ -68,7 +52,8 @@ def _ssd(
         :class:`~mail_agents.ops._ssd_torch.Kept`, and 1 where ``native`` ran, else 0.
     """
     inputs = Inputs(x, dt, A, B, C, D, h0, reset, exact_zero, want_state)
-    if _chosen(inputs, backend) == "native":
+    refusal = functools.partial(_refuse_native, inputs)
+    if chosen("ssd", backend, refusal, numba=False) == "native":
         _, last, *kept = _results(inputs)
         return _ssd_native.forward(inputs)[0], last, *kept, torch.tensor(1)
     y, last, kept = ssd_forward(inputs)

@@ -100,12 +100,14 @@ class Candidate:
         run: The implementation; every candidate of an op has the same signature.
         refuse: Called with the arguments of the op; the reason why it cannot run them, or None.
         extension: The compiled module it needs, or None.
+        stands_in_for: Names that mean this one for ops which have nothing of their own by them.
     """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[..., str | None]
     extension: Extension | None = None
+    stands_in_for: tuple[str, ...] = ()
 
 
 def requested_backend(argument: str = "auto") -> str:
@@ -175,7 +177,7 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
             skipped.append(f"{candidate.name}: {reason}")
         note_backend(op, candidates[-1].name, skipped)
         return candidates[-1]
-    by_name = {candidate.name: candidate for candidate in candidates}
+    by_name = {name: c for c in candidates for name in (c.name, *c.stands_in_for)}
     if name not in by_name:
         raise InvalidInputError(
             f"{op} has no {name!r} backend. It has: auto, {', '.join(by_name)}."
@@ -183,7 +185,7 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
     candidate = by_name[name]
     if candidate.extension is not None:
         _require(op, candidate.name, candidate.extension)
-    if name == "native":
+    if candidate.name == "native":
         _require_native(op)
     reason = candidate.refuse(*inputs)
     if reason is not None:
@@ -191,7 +193,9 @@ def choose(op: str, candidates: Sequence[Candidate], argument: str, /, *inputs: 
             f"Backend {name!r} was requested for {op} and cannot run it: {reason}. "
             "Use backend='auto' to take the fastest one that can."
         )
-    note_backend(op, name, ["requested by name"])
+    own = name == candidate.name
+    why = "requested by name" if own else f"{name!r} was requested and has no kernel for it"
+    note_backend(op, candidate.name, [why])
     return candidate
 
 
@@ -246,6 +250,12 @@ def note_backend(op: str, backend: str, notes: Sequence[str]) -> None:
         _logged.add((op, backend))
         why = f" ({'; '.join(notes)})" if notes else ""
         logger.info("%s runs on backend %r%s", op, backend, why)
+
+
+def note_step(op: str) -> None:
+    """Records that a single step runs, of which there is one implementation, in PyTorch."""
+    if not torch.compiler.is_compiling():
+        note_backend(op, "torch", ())
 
 
 def refuse_without(extension: Extension, on_cuda: bool) -> str | None:

@@ -19,10 +19,12 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.ops import _conv_native
 from mail_agents.ops._conv_torch import ShiftedSum
 from mail_agents.ops._opaque import opaque_conv, tracing
+from mail_agents.ops._precision import as_dtype
 from mail_agents.ops.backends import (
     CAUSAL_CONV1D,
     Candidate,
     choose,
+    note_step,
     probe,
     refuse_torch_func,
     refuse_without,
@@ -90,6 +92,9 @@ def causal_conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """Advances :func:`causal_conv1d` by one step.
 
+    Runs on PyTorch whatever backend is named elsewhere, and is recorded as ``torch``: a step on its
+    own is too short for a kernel to pay.
+
     Args:
         x: Input, (B, D).
         history: The W - 1 inputs before it, oldest first, (B, W-1, D); not modified.
@@ -104,10 +109,11 @@ def causal_conv1d_step(
         InvalidInputError: Shapes do not fit or the activation is unknown.
     """
     _check(x.shape, 2, weight, bias, activation, history)
-    window = torch.cat((history.to(x.dtype), x.unsqueeze(1)), 1)
-    y = (window * weight.to(x.dtype).t()).sum(1)
+    note_step("causal_conv1d_step")
+    window = torch.cat((as_dtype(history, x.dtype), x.unsqueeze(1)), 1)
+    y = (window * as_dtype(weight, x.dtype).t()).sum(1)
     if bias is not None:
-        y = y.add_(bias.to(x.dtype))
+        y = y.add_(as_dtype(bias, x.dtype))
     return F.silu(y) if activation == "silu" else y, window[:, 1:]
 
 
@@ -204,6 +210,6 @@ def _refuse_cuda(inputs: _ConvInputs) -> str | None:
 _CANDIDATES = (
     Candidate("cuda", _cuda, _refuse_cuda, CAUSAL_CONV1D),
     Candidate("native", _native, _refuse_native),
-    Candidate("torch", _torch, refuse_torch_func),
+    Candidate("torch", _torch, refuse_torch_func, stands_in_for=("numba",)),
     Candidate("reference", _reference, lambda _: None),
 )

@@ -31,7 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mail_agents.errors import InvalidInputError
 from mail_agents.ops import _scan_cuda, _scan_native, _scan_numba
+from mail_agents.ops._checks import check_shapes
 from mail_agents.ops._opaque import opaque_scan, tracing
 from mail_agents.ops._precision import as_dtype, no_autocast
 from mail_agents.ops._scan_inputs import ScanInputs
@@ -41,6 +43,7 @@ from mail_agents.ops.backends import (
     SELECTIVE_SCAN_CUDA,
     Candidate,
     choose,
+    note_step,
     refuse_torch_func,
     refuse_without,
 )
@@ -120,6 +123,9 @@ def selective_scan_step(
 ) -> tuple[Tensor, Tensor]:
     """Advances the recurrence of :func:`selective_scan` by one step.
 
+    Runs on PyTorch whatever backend is named elsewhere, and is recorded as ``torch``: a step on its
+    own is too short for a kernel to pay.
+
     Args:
         state: (B, D, N), float32 or float64; not modified.
         u: Input, (B, D).
@@ -134,7 +140,12 @@ def selective_scan_step(
 
     Returns:
         y (B, D) in the dtype of ``u``, and the new state (B, D, N) in the dtype of ``state``.
+
+    Raises:
+        InvalidInputError: Shapes do not fit.
     """
+    _check_step(state, u, delta, A, B, C, D, z, delta_bias)
+    note_step("selective_scan_step")
     with no_autocast(u.device):
         work, given = state.dtype, u.dtype
         u, A, B, C = as_dtype(u, work), as_dtype(A, work), as_dtype(B, work), as_dtype(C, work)
@@ -149,6 +160,38 @@ def selective_scan_step(
         # With the vector on the left: matrix times column is several times slower on CPU.
         y = torch.bmm(C.unsqueeze(1), state.transpose(1, 2)).squeeze(1)
         return as_dtype(_skip_and_gate(y, u, D, z), given), state
+
+
+def _check_step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    if state.dim() != 3:
+        raise InvalidInputError(
+            f"selective_scan_step needs a state (B, D, N), got {tuple(state.shape)}."
+        )
+    batch, d, n = state.shape
+    check_shapes(
+        "selective_scan_step",
+        (
+            ("u", u, (batch, d)),
+            ("delta", delta, (batch, d)),
+            ("A", A, (d, n)),
+            ("B", B, (batch, n)),
+            ("C", C, (batch, n)),
+            ("D", D, (d,)),
+            ("z", z, (batch, d)),
+            ("delta_bias", delta_bias, (d,)),
+        ),
+        lambda: f"state (B, D, N) = {tuple(state.shape)}",
+    )
 
 
 def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:

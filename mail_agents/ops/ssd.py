@@ -31,16 +31,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mail_agents.errors import InvalidInputError
 from mail_agents.ops import _ssd_cuda, _ssd_native
+from mail_agents.ops._checks import check_shapes
 from mail_agents.ops._opaque import tracing
 from mail_agents.ops._precision import as_dtype, no_autocast
-from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, step_sizes
+from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, check_groups, skip_shape, step_sizes
 from mail_agents.ops._ssd_opaque import opaque_ssd
 from mail_agents.ops._ssd_torch import Inputs, StateSpaceDuality
 from mail_agents.ops.backends import (
     SSD_CUDA,
     Candidate,
     choose,
+    note_step,
     refuse_torch_func,
     refuse_without,
 )
@@ -122,6 +125,9 @@ def ssd_step(
 ) -> tuple[Tensor, Tensor]:
     """Advances the recurrence of :func:`ssd` by one step.
 
+    Runs on PyTorch whatever backend is named elsewhere, and is recorded as ``torch``: a step on its
+    own is too short for a kernel to pay.
+
     Args:
         state: (B, H, P, N), float32 or float64; not modified.
         x: Input, (B, H, P).
@@ -137,9 +143,14 @@ def ssd_step(
 
     Returns:
         y (B, H, P) in the dtype of ``x``, and the new state (B, H, P, N) in the dtype of ``state``.
+
+    Raises:
+        InvalidInputError: Shapes do not fit.
     """
+    batch, heads, head, n, groups = _step_shapes(state, x, dt, A, B, C, D, z, dt_bias)
+    note_step("ssd_step")
     with no_autocast(x.device):
-        work, (batch, heads, head, n), groups = state.dtype, state.shape, B.shape[1]
+        work = state.dtype
         u = as_dtype(x, work)
         size = step_sizes(as_dtype(dt, work), dt_bias, dt_softplus, dt_limit)
         decay = torch.exp(size * as_dtype(A, work))
@@ -152,6 +163,42 @@ def ssd_step(
         # The vector on the left: matrix times column is ten times slower on CPU.
         y = torch.bmm(as_dtype(C, work).reshape(-1, 1, n), state.mT).view(u.shape)
         return as_dtype(_skip_and_gate(y, u, D, z), x.dtype), state.view(batch, heads, head, n)
+
+
+def _step_shapes(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+) -> tuple[int, int, int, int, int]:
+    """Checks the arguments of :func:`ssd_step`; returns the sizes B, H, P, N and G."""
+    if state.dim() != 4 or B.dim() != 3:
+        raise InvalidInputError(
+            f"ssd_step needs state (B, H, P, N) and B (B, G, N), got state {tuple(state.shape)} "
+            f"and B {tuple(B.shape)}."
+        )
+    (batch, heads, head, n), groups = state.shape, B.shape[1]
+    check_shapes(
+        "ssd_step",
+        (
+            ("x", x, (batch, heads, head)),
+            ("dt", dt, (batch, heads)),
+            ("A", A, (heads,)),
+            ("B", B, (batch, groups, n)),
+            ("C", C, (batch, groups, n)),
+            ("D", D, skip_shape(D, heads, head)),
+            ("z", z, (batch, heads, head)),
+            ("dt_bias", dt_bias, (heads,)),
+        ),
+        lambda: f"state (B, H, P, N) = {tuple(state.shape)} and G = {groups}",
+    )
+    check_groups("ssd_step", heads, groups)
+    return batch, heads, head, n, groups
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -227,6 +274,6 @@ def _refuse_cuda(inputs: SsdInputs) -> str | None:
 _CANDIDATES = (
     Candidate("cuda", _ssd_cuda.run, _refuse_cuda, SSD_CUDA),
     Candidate("native", _native, _ssd_native.refuse),
-    Candidate("torch", _torch, refuse_torch_func),
+    Candidate("torch", _torch, refuse_torch_func, stands_in_for=("numba",)),
     Candidate("reference", _reference, lambda _: None),
 )

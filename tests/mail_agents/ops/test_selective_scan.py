@@ -465,3 +465,19 @@ def test_context_manager_selects_the_backend():
         with use_backend(name):
             found = type(selective_scan(u, **inputs).grad_fn).__name__
         assert (found == "SelectiveScanBackward") == (name == "torch")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("u", (1, 8)), ("delta", (1, 8)), ("A", (8, 1)), ("B", (1, 4)), ("C", (1, 4))]
+    + [("D", (1,)), ("z", (1, 8)), ("delta_bias", (1,))],
+)
+def test_steps_name_the_tensor_that_does_not_fit(name, shape):
+    state = torch.zeros(2, 8, 4)
+    good = {"u": torch.zeros(2, 8), "delta": torch.zeros(2, 8), "A": -torch.ones(8, 4)}
+    good |= {"B": torch.zeros(2, 4), "C": torch.zeros(2, 4)}
+    selective_scan_step(state, **good)
+    with pytest.raises(InvalidInputError, match=rf"step: {name} has shape .* \(2, 8, 4\)"):
+        selective_scan_step(state, **(good | {name: torch.zeros(shape)}))
+    with pytest.raises(InvalidInputError, match=r"needs a state \(B, D, N\)"):
+        selective_scan_step(state[0], **good)

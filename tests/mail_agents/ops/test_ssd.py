@@ -715,3 +715,23 @@ def test_gradcheck_of_the_step(groups):
         return ssd_step(state, **dict(zip(names[1:], args, strict=True)))
 
     assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("x", (1, 2, 8)), ("dt", (1, 2)), ("A", (1,)), ("B", (1, 1, 4)), ("C", (2, 2, 4))]
+    + [("D", (8,)), ("z", (1, 2, 8)), ("dt_bias", (1,))],
+)
+def test_steps_name_the_tensor_that_does_not_fit(name, shape):
+    state, group = torch.zeros(2, 2, 8, 4), torch.zeros(2, 1, 4)
+    good = {"x": torch.zeros(2, 2, 8), "dt": torch.zeros(2, 2), "A": -torch.ones(2)}
+    good |= {"B": group, "C": group}
+    ssd_step(state, **good)
+    with pytest.raises(InvalidInputError, match=rf"ssd_step: {name} has shape .* expected") as e:
+        ssd_step(state, **(good | {name: torch.zeros(shape)}))
+    assert "state (B, H, P, N) = (2, 2, 8, 4)" in str(e.value)
+    with pytest.raises(InvalidInputError, match=r"needs state \(B, H, P, N\)"):
+        ssd_step(state[0], **good)
+    three = torch.zeros(2, 3, 4)
+    with pytest.raises(InvalidInputError, match="3 groups of B and C do not divide 2 heads"):
+        ssd_step(state, **(good | {"B": three, "C": three}))

@@ -1,4 +1,4 @@
-"""Tensors that are not what they seem: negated views, forward-mode duals, shapes without numbers."""
+"""Tensors that are not what they seem: negated views, duals, shapes without numbers."""
 
 import pytest
 import torch
