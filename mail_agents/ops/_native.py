@@ -42,6 +42,8 @@ _TIMEOUT_S = 120.0
 #: Build folders older than this were left by processes that were killed, seconds.
 _STALE_S = 3600.0
 
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
 #: No -ffast-math: kernels rely on rounding, and NaN and infinity have to propagate.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
@@ -79,6 +81,10 @@ class _Unavailable(Exception):
     def __init__(self, reason: str, fix: str) -> None:
         super().__init__(reason)
         self.fix = fix
+
+
+class _NoCompiler(_Unavailable):
+    """None was named and there is none of the usual names."""
 
 
 @functools.cache
@@ -146,25 +152,37 @@ def cache_directory(name: str) -> Path:
         PermissionError: Other users could put files there, which would then be executed.
     """
     folder = user_cache() / "mail-agents" / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # One by one: parents made on the way would get the mode that the umask leaves.
+    for part in (*reversed(folder.parents), folder):
+        if not part.exists():
+            part.mkdir(mode=0o700, exist_ok=True)
     if os.name == "nt":
         return folder
     folder = folder.resolve()
-    found = folder.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not _only_ours(folder.stat()):
         raise PermissionError(f"{folder} belongs to another user, or others can write to it")
     for parent in folder.parents:
-        mode = parent.stat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise PermissionError(f"everybody can write to {parent}, which holds {folder}")
+        found = parent.stat()
+        if found.st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{parent}, which holds {folder}, belongs to another user")
+        # In sticky folders such as /tmp, only owners rename and remove.
+        if found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
+            raise PermissionError(
+                f"others can write to {parent}, which holds {folder} (chmod go-w {parent})"
+            )
     return folder
+
+
+def _only_ours(found: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user, and nobody else can write to it."""
+    return found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
 
 
 def user_cache() -> Path:
     """Returns where programs of this user keep what they can make again."""
-    named = os.environ.get("XDG_CACHE_HOME")
-    if named:
-        return Path(named)
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():  # what is not is invalid, says the XDG base directory specification
+        return named
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     if os.name == "nt":
@@ -178,7 +196,6 @@ def _find_or_build() -> tuple[Path, ctypes.CDLL]:
     sources = sorted(_SOURCES.glob("*.cpp"))
     if not sources:
         raise _Unavailable(f"there are no kernel sources in {_SOURCES}", "")
-    compiler = _compiler()
     try:
         folder = cache_directory("native")
     except (OSError, RuntimeError) as error:
@@ -186,20 +203,47 @@ def _find_or_build() -> tuple[Path, ctypes.CDLL]:
             f"no folder for the compiled kernels: {error}",
             "export XDG_CACHE_HOME=... (a folder that belongs to you)",
         ) from error
-    key = _key(compiler)
-    for path in sorted(folder.glob(f"{key}-*.so")):
-        if path.stem == f"{key}-{_digest(path)}":
-            with contextlib.suppress(OSError):  # made where other libraries are: build it again
-                return path, _open(path, sources)
-        with contextlib.suppress(OSError):
-            path.unlink()
+    try:
+        compiler = _compiler()
+    except _NoCompiler:
+        # What one made of the same sources for this CPU, say of an image's earlier stage, will do.
+        found = _find(folder, f"{_key()}-*", sources)
+        if found is None:
+            raise
+        return found
+    key = f"{_key()}-{_compiler_key(compiler)}"
+    found = _find(folder, key, sources)
+    if found is not None:
+        return found
     path = _build(compiler, sources, folder, key)
     return path, _open(path, sources)
 
 
+def _find(folder: Path, key: str, sources: Sequence[Path]) -> tuple[Path, ctypes.CDLL] | None:
+    """Opens a library of the cache, and removes those that cannot be trusted or opened."""
+    for path in sorted(folder.glob(f"{key}-*.so")):
+        if _sound(path):
+            with contextlib.suppress(OSError):  # made where other libraries are: build it again
+                return path, _open(path, sources)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _sound(path: Path) -> bool:
+    """Whether a library is whole, and nobody else can have written it."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode) or not _only_ours(found):
+        return False
+    return path.stem.rpartition("-")[2] == _digest(path)
+
+
 def _compiler() -> list[str]:
     """Returns the command of the compiler: that of ``CXX``, else the first usual one."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise _Unavailable(f"CXX is no command line ({error})", "unset CXX") from error
     if named:
         found = shutil.which(named[0])
         if found is None:
@@ -209,21 +253,27 @@ def _compiler() -> list[str]:
         found = shutil.which(name)
         if found is not None:
             return [found]
-    raise _Unavailable("there is no C++ compiler", _GET_COMPILER[sys.platform])
+    raise _NoCompiler("there is no C++ compiler", _GET_COMPILER[sys.platform])
 
 
-def _key(compiler: Sequence[str]) -> str:
-    """A name for everything that the library depends on."""
-    program = Path(compiler[0]).resolve()
-    found = program.stat()
-    parts = [
-        *(str(part) for part in (_ABI, _FLAGS, _TUNING, list(compiler), program)),
-        *(str(part) for part in (found.st_size, found.st_mtime_ns, platform.machine())),
-        *(torch.backends.cpu.get_cpu_capability(), _cpu_features()),
-    ]
+def _key() -> str:
+    """A name for everything that the library depends on, but the compiler."""
+    parts = [_ABI, _FLAGS, _TUNING, platform.machine()]
+    parts += [torch.backends.cpu.get_cpu_capability(), _cpu_features()]
     for source in sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h"))):
         parts += [source.name, hashlib.sha256(source.read_bytes()).hexdigest()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return _hash(parts, 24)
+
+
+def _compiler_key(compiler: Sequence[str]) -> str:
+    """A name for a compiler, its version and its options."""
+    program = Path(compiler[0]).resolve()
+    found = program.stat()
+    return _hash([list(compiler), program, found.st_size, found.st_mtime_ns], 8)
+
+
+def _hash(parts: Sequence[object], digits: int) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:digits]
 
 
 def _cpu_features() -> str:
@@ -265,6 +315,7 @@ def _build(compiler: Sequence[str], sources: Sequence[Path], folder: Path, key: 
         with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as temporary:
             made = _compile(compiler, sources, Path(temporary), started + _TIMEOUT_S)
             path = folder / f"{key}-{_digest(made)}.so"
+            made.chmod(0o700)  # whatever the umask is
             os.replace(made, path)
     except OSError as error:
         raise _Unavailable(

@@ -172,7 +172,8 @@ def test_a_library_for_another_system_is_built_again(compiler, small):
     good = _native.load().path
     text = small[1] / "other"
     text.write_bytes(b"not for this machine")
-    bad = small[1] / f"{good.name.split('-')[0]}-{_native._digest(text)}.so"
+    text.chmod(0o600)
+    bad = small[1] / f"{good.stem.rpartition('-')[0]}-{_native._digest(text)}.so"
     text.rename(bad)
     good.unlink()
     assert again().failure == ""
@@ -221,12 +222,102 @@ def test_nothing_is_loaded_from_where_others_can_write(compiler, small, monkeypa
     small[1].chmod(0o777)
     assert "others can write to it" in again().failure
     small[1].chmod(0o700)
-    small[1].parent.chmod(0o777)
-    assert "everybody can write to" in again().failure
+    for mode in (0o777, 0o775, 0o720):
+        small[1].parent.chmod(mode)
+        assert f"others can write to {small[1].parent}" in again().failure
+        assert f"chmod go-w {small[1].parent}" in _native.load().failure
     small[1].parent.chmod(0o1777)  # as /tmp: only owners rename
     assert again().failure == ""
     monkeypatch.setattr(_native.os, "geteuid", lambda: 12345)
     assert "belongs to another user" in again().failure
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions as on Unix")
+def test_folders_above_belong_to_the_user_or_to_root(compiler, small, monkeypatch):
+    _native.load()
+    above, real = small[1].parent.resolve(), Path.stat
+
+    def elsewhere(path, **options):
+        found = real(path, **options)
+        if path != above:
+            return found
+        return os.stat_result((*found[:4], 12345, *found[5:10]))
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    failure = again().failure
+    assert f"{above}, which holds" in failure
+    assert "belongs to another user" in failure
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions as on Unix")
+def test_folders_and_libraries_are_made_for_one_user_whatever_the_umask(compiler, small):
+    before = os.umask(0o002)
+    try:
+        found = _native.load()
+    finally:
+        os.umask(before)
+    assert found.failure == ""
+    for path in (found.path, small[1], small[1].parent):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("kind", ["mode", "owner", "link"])
+def test_a_library_that_another_user_may_have_written_is_built_again(
+    compiler, small, tmp_path, monkeypatch, kind
+):
+    path = _native.load().path
+    whole = path.read_bytes()
+    if kind == "mode":
+        path.chmod(0o777)
+    elif kind == "link":
+        path.rename(tmp_path / "moved.so")
+        path.symlink_to(tmp_path / "moved.so")
+    else:
+        real = Path.lstat
+        first = iter([True])
+
+        def foreign(self):
+            found = real(self)
+            if self != path or not next(first, False):
+                return found
+            return os.stat_result((*found[:4], 12345, *found[5:10]))
+
+        monkeypatch.setattr(Path, "lstat", foreign)
+    built = []
+    build = _native._build
+    monkeypatch.setattr(_native, "_build", lambda *a: built.append(1) or build(*a))
+    assert again().failure == ""
+    assert built == [1]
+    assert not path.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert path.read_bytes() == whole
+
+
+def test_without_a_compiler_a_library_of_the_same_sources_is_used(compiler, small, monkeypatch):
+    path = _native.load().path
+    monkeypatch.setattr(_native.shutil, "which", lambda name: None)
+    found = again()
+    assert (found.failure, found.path, found.library.value()) == ("", path, 7)
+    monkeypatch.setenv("CXX", "/nonexistent")  # a name is a choice
+    assert "CXX names '/nonexistent'" in again().failure
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(_native, "_cpu_features", lambda: "fewer")
+    assert again().failure == "there is no C++ compiler"
+    monkeypatch.undo()
+
+
+def test_a_compiler_of_another_version_builds_its_own(compiler, small, monkeypatch):
+    path = _native.load().path
+    monkeypatch.setattr(_native, "_compiler", lambda: [*compiler, "-DOTHER"])
+    assert again().path != path
+    assert path.exists()
+
+
+def test_a_compiler_that_is_no_command_line(small, monkeypatch):
+    monkeypatch.setenv("CXX", 'g++ "')
+    found = _native.load()
+    assert found.failure == "CXX is no command line (No closing quotation)"
+    assert found.fix == "unset CXX"
 
 
 def test_wrong_numbers_are_not_trusted(compiler, small):
@@ -310,10 +401,11 @@ def test_other_systems_are_refused(monkeypatch):
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert _native.user_cache() == tmp_path
-    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(_native.sys, "platform", "linux")
-    assert _native.user_cache() == tmp_path / ".cache"
+    for invalid in ("relative", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", invalid)
+        assert _native.user_cache() == tmp_path / ".cache"
     monkeypatch.setattr(_native.sys, "platform", "darwin")
     assert _native.user_cache() == tmp_path / "Library" / "Caches"
 

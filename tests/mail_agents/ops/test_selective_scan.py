@@ -469,8 +469,16 @@ def test_context_manager_selects_the_backend():
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("u", (1, 8)), ("delta", (1, 8)), ("A", (8, 1)), ("B", (1, 4)), ("C", (1, 4))]
-    + [("D", (1,)), ("z", (1, 8)), ("delta_bias", (1,))],
+    [
+        ("u", (1, 8)),
+        ("delta", (1, 8)),
+        ("A", (8, 1)),
+        ("B", (1, 4)),
+        ("C", (1, 4)),
+        ("D", (1,)),
+        ("z", (1, 8)),
+        ("delta_bias", (1,)),
+    ],
 )
 def test_steps_name_the_tensor_that_does_not_fit(name, shape):
     state = torch.zeros(2, 8, 4)

@@ -719,8 +719,16 @@ def test_gradcheck_of_the_step(groups):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("x", (1, 2, 8)), ("dt", (1, 2)), ("A", (1,)), ("B", (1, 1, 4)), ("C", (2, 2, 4))]
-    + [("D", (8,)), ("z", (1, 2, 8)), ("dt_bias", (1,))],
+    [
+        ("x", (1, 2, 8)),
+        ("dt", (1, 2)),
+        ("A", (1,)),
+        ("B", (1, 1, 4)),
+        ("C", (2, 2, 4)),
+        ("D", (8,)),
+        ("z", (1, 2, 8)),
+        ("dt_bias", (1,)),
+    ],
 )
 def test_steps_name_the_tensor_that_does_not_fit(name, shape):
     state, group = torch.zeros(2, 2, 8, 4), torch.zeros(2, 1, 4)
