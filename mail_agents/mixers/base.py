@@ -80,5 +80,16 @@ def no_states(what: str, asked: str) -> NotCausalError:
 
 
 def zero_masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns ``x`` (B, L, D) with zeros where ``mask`` (B, L) is False, whatever was there."""
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+    """Returns ``x`` (B, L, D) with zeros where ``mask`` (B, L) is False, whatever was there.
+
+    Raises:
+        InvalidInputError: The mask has another shape or is not of bools.
+    """
+    if mask is None:
+        return x
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise InvalidInputError(
+            f"A mask is a bool per step, {tuple(x.shape[:2])} for tokens {tuple(x.shape)}; got "
+            f"{mask.dtype} {tuple(mask.shape)}. Numbers become bools with mask > 0."
+        )
+    return x.masked_fill(~mask.unsqueeze(-1), 0.0)

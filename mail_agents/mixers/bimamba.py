@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import NonCausalMixer, zero_masked
-from mail_agents.mixers.mamba import init_step_size
+from mail_agents.mixers.mamba import init_step_size, initial_decay, select
+from mail_agents.mixers.parts import conv_weights, convolve, skip_masked
 from mail_agents.ops._precision import decay_rates
-from mail_agents.ops.causal_conv1d import causal_conv1d
 from mail_agents.ops.selective_scan import selective_scan
 
 
@@ -73,15 +73,15 @@ class BiMamba(NonCausalMixer):
         self.backend = backend
         projected = rank + 2 * d_state
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
-        self.conv1d = _conv(inner, d_conv, conv_bias)
+        self.conv1d = conv_weights(inner, d_conv, conv_bias)
         self.x_proj = nn.Linear(inner, projected, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         init_step_size(self.dt_proj)
-        self.A_log, self.D = _decay(inner, d_state), nn.Parameter(torch.ones(inner))
-        self.conv1d_b = _conv(inner, d_conv, conv_bias)
+        self.A_log, self.D = initial_decay(inner, d_state), nn.Parameter(torch.ones(inner))
+        self.conv1d_b = conv_weights(inner, d_conv, conv_bias)
         self.x_proj_b = nn.Linear(inner, projected, bias=False)
         self.dt_proj_b = nn.Linear(rank, inner)
-        self.A_b_log, self.D_b = _decay(inner, d_state), nn.Parameter(torch.ones(inner))
+        self.A_b_log, self.D_b = initial_decay(inner, d_state), nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
         # Last, so that every other draw is the one of the release.
         init_step_size(self.dt_proj_b)
@@ -118,24 +118,10 @@ class BiMamba(NonCausalMixer):
         D: Tensor,
     ) -> Tensor:
         """Convolution, selection, scan and gate with one set of parameters, (B, L, d_inner)."""
-        u = causal_conv1d(u, conv.weight.squeeze(1), conv.bias, backend=self.backend)
-        sizes = [self.dt_rank, self.d_state, self.d_state]
-        dt, B, C = x_proj(u).split(sizes, dim=-1)
-        dt = nn.functional.linear(dt, dt_proj.weight)
-        if mask is not None:
-            dt = dt.masked_fill(~mask.unsqueeze(-1), -math.inf)
+        u, _ = convolve(conv, u, self.backend)
+        dt, B, C = select(u, x_proj, dt_proj)
         return selective_scan(
-            *(u, dt, decay_rates(A_log), B, C, D, z),
+            *(u, skip_masked(dt, mask), decay_rates(A_log), B, C, D, z),
             delta_bias=dt_proj.bias,
             backend=self.backend,
         )
-
-
-def _conv(channels: int, width: int, bias: bool) -> nn.Conv1d:
-    """A container for the weights only, so that their names match; the op does the work."""
-    return nn.Conv1d(channels, channels, width, groups=channels, padding=width - 1, bias=bias)
-
-
-def _decay(inner: int, d_state: int) -> nn.Parameter:
-    rates = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(inner, 1)
-    return nn.Parameter(torch.log(rates))

@@ -15,8 +15,8 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import NonCausalMixer, zero_masked
 from mail_agents.mixers.heads import GatedRMSNorm, count_heads
 from mail_agents.mixers.mamba import initial_step_bias
+from mail_agents.mixers.parts import convolve, skip_masked
 from mail_agents.ops._precision import decay_rates
-from mail_agents.ops.causal_conv1d import causal_conv1d
 from mail_agents.ops.ssd import ssd
 
 
@@ -99,8 +99,7 @@ class Hydra(NonCausalMixer):
         z, xbc, dt = self.in_proj(zero_masked(x, mask)).split(sizes, dim=-1)
         if self.in_proj.bias is not None:
             xbc = zero_masked(xbc, mask)
-        if mask is not None:
-            dt = dt.masked_fill(~mask.unsqueeze(-1), -math.inf)
+        dt = skip_masked(dt, mask)
         xbc = self._convolve(xbc)
         u, bc = xbc.split([self.d_inner, 4 * self.ngroups * self.d_state], dim=-1)
         diagonal = F.linear(u, self.fc_D.weight, self.D).unsqueeze(-1)
@@ -112,8 +111,7 @@ class Hydra(NonCausalMixer):
         """A centred convolution is a causal one of the future, read ``ahead`` steps later."""
         ahead = (self.d_conv - 1) // 2
         x = F.pad(x, (0, 0, 0, ahead))
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        return causal_conv1d(x, weight, bias, backend=self.backend)[:, ahead:]
+        return convolve(self.conv1d, x, self.backend)[0][:, ahead:]
 
     def _off_diagonal(self, u: Tensor, bc: Tensor, dt: Tensor) -> Tensor:
         """What comes from earlier and from later steps, (B, L, H, P).

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import zero_masked
 from mail_agents.mixers.fused import FusedLayers, Layers
+from mail_agents.mixers.parts import conv_weights, convolve, skip_masked
 from mail_agents.ops._precision import decay_rates, wide_dtype
-from mail_agents.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from mail_agents.ops.causal_conv1d import causal_conv1d_step
 from mail_agents.ops.selective_scan import selective_scan, selective_scan_step
 
 
@@ -76,6 +77,23 @@ def init_step_size(dt_proj: nn.Linear) -> None:
         dt_proj.bias.copy_(initial_step_bias(dt_proj.out_features))
 
 
+def initial_decay(channels: int, d_state: int) -> nn.Parameter:
+    """Returns the logarithms of the initial decay rates, 1 to N in every channel, (D, N)."""
+    rates = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(channels, 1)
+    return nn.Parameter(torch.log(rates))
+
+
+def select(u: Tensor, x_proj: nn.Module, dt_proj: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns raw step sizes (without the bias, which the scan adds), B and C of inputs (..., D).
+
+    Equation 2 of section 3.2: what makes the recurrence depend on its input.
+    """
+    found, rank = x_proj(u), dt_proj.weight.shape[1]
+    n = (found.shape[-1] - rank) // 2
+    dt, B, C = found.split([rank, n, n], dim=-1)
+    return F.linear(dt, dt_proj.weight), B, C
+
+
 class Mamba(nn.Module):
     """Selective state space mixer: projection, short convolution, selective scan, gate, projection.
 
@@ -122,15 +140,11 @@ class Mamba(nn.Module):
         self.backend = backend
         inner = self.d_inner
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias)
-        # A container for the weights only, so that their names match; the op does the work.
-        self.conv1d = nn.Conv1d(
-            inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias
-        )
+        self.conv1d = conv_weights(inner, d_conv, conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(rank, inner, bias=True)
         init_step_size(self.dt_proj)
-        decay = torch.arange(1, d_state + 1, dtype=torch.float32).repeat(inner, 1)
-        self.A_log = nn.Parameter(torch.log(decay))
+        self.A_log = initial_decay(inner, d_state)
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, d_model, bias=bias)
         # Markers that optimizer and initialisation code written for mamba_ssm looks for.
@@ -163,21 +177,10 @@ class Mamba(nn.Module):
         history: Any
         ssm: Any
         history, ssm = state if state is not None else (None, None)
-        u = causal_conv1d(
-            u,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            history=history,
-            return_history=keep_state,
-            backend=self.backend,
-        )
-        if keep_state:
-            u, history = u
+        u, history = convolve(self.conv1d, u, self.backend, history, keep_state)
         dt, B, C = self._select(u)
-        if mask is not None:
-            dt = dt.masked_fill(~mask.unsqueeze(-1), -math.inf)
         y = selective_scan(
-            *(u, dt, self._decay(), B, C, self.D, z),
+            *(u, skip_masked(dt, mask), self._decay(), B, C, self.D, z),
             delta_bias=self.dt_proj.bias,
             h0=ssm,
             return_state=keep_state,
@@ -219,9 +222,7 @@ class Mamba(nn.Module):
 
     def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input-dependent step size (without its bias, which the scan adds), B and C."""
-        sizes = [self.dt_rank, self.d_state, self.d_state]
-        dt, B, C = self.x_proj(u).split(sizes, dim=-1)
-        return F.linear(dt, self.dt_proj.weight), B, C
+        return select(u, self.x_proj, self.dt_proj)
 
     def _decay(self) -> Tensor:
         return decay_rates(self.A_log)

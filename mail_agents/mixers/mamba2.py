@@ -14,8 +14,9 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import zero_masked
 from mail_agents.mixers.heads import GatedRMSNorm, count_heads
 from mail_agents.mixers.mamba import MambaState, initial_step_bias
+from mail_agents.mixers.parts import conv_weights, convolve, skip_masked
 from mail_agents.ops._precision import decay_rates, wide_dtype
-from mail_agents.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from mail_agents.ops.causal_conv1d import causal_conv1d_step
 from mail_agents.ops.ssd import ssd, ssd_step
 
 
@@ -86,10 +87,7 @@ class Mamba2(nn.Module):
         inner, projected = self.d_inner, 2 * ngroups * d_state
         channels = inner + projected
         self.in_proj = nn.Linear(d_model, inner + channels + self.nheads, bias=bias)
-        # A container for the weights only, so that their names match; the op does the work.
-        self.conv1d = nn.Conv1d(
-            channels, channels, d_conv, groups=channels, padding=d_conv - 1, bias=conv_bias
-        )
+        self.conv1d = conv_weights(channels, d_conv, conv_bias)
         self.dt_bias = nn.Parameter(initial_step_bias(self.nheads))
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(inner if D_has_hdim else self.nheads))
@@ -118,21 +116,10 @@ class Mamba2(nn.Module):
         history: Any
         h0: Any
         history, h0 = state if state is not None else (None, None)
-        xbc = causal_conv1d(
-            xbc,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            history=history,
-            return_history=keep_state,
-            backend=self.backend,
-        )
-        if keep_state:
-            xbc, history = xbc
-        if mask is not None:
-            dt = dt.masked_fill(~mask.unsqueeze(-1), -math.inf)
+        xbc, history = convolve(self.conv1d, xbc, self.backend, history, keep_state)
         u, B, C = self._heads(xbc)
         y = ssd(
-            *(u, dt, self._decay(), B, C, self._skip()),
+            *(u, skip_masked(dt, mask), self._decay(), B, C, self._skip()),
             z=None if self.norm is not None else z.unflatten(-1, (self.nheads, -1)),
             dt_bias=self.dt_bias,
             dt_limit=self.dt_limit,

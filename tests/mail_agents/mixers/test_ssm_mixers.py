@@ -347,3 +347,18 @@ def test_a_mixer_that_does_not_exist_is_named():
 def test_output_projections_of_stacks_are_scaled_with_depth(name):
     for block in MambaStack(64, 4, mixer=name, headdim=32).layers:
         assert block.mixer.out_proj.weight.abs().max() <= 128**-0.5 / 2
+
+
+@every_mixer
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        (torch.ones(2, 4, dtype=torch.bool), "torch.bool (2, 4)"),
+        (torch.ones(1, 5, dtype=torch.bool), "torch.bool (1, 5)"),
+        (torch.ones(2, 5), "torch.float32 (2, 5)"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_with_what_fits(name, mask, got):
+    with pytest.raises(InvalidInputError) as caught:
+        small(name)(torch.zeros(2, 5, 16), mask)
+    assert "a bool per step, (2, 5) for tokens (2, 5, 16); got " + got in str(caught.value)
