@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mail_agents.ops._native import load, refuse_native, threads
+from mail_agents.ops._ssd_chunks import Inputs, chunks
 from mail_agents.ops._ssd_inputs import SsdInputs
-from mail_agents.ops._ssd_torch import Inputs, chunks
 
 
 class _Sequence(ctypes.Structure):

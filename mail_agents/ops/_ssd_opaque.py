@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mail_agents.ops import _ssd_native
 from mail_agents.ops._opaque import chosen
+from mail_agents.ops._ssd_chunks import Inputs, Kept, chunks
 from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs
-from mail_agents.ops._ssd_torch import Inputs, Kept, chunks, ssd_backward, ssd_forward
+from mail_agents.ops._ssd_torch import ssd_backward, ssd_forward
 
 
 def opaque_ssd(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | None]:
@@ -45,11 +46,11 @@ def _ssd(
     want_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`~mail_agents.ops._ssd_torch.Inputs`.
+    """See :class:`~mail_agents.ops._ssd_chunks.Inputs`.
 
     Returns:
         y, the last state (no elements unless wanted), the three tensors of
-        :class:`~mail_agents.ops._ssd_torch.Kept`, and 1 where ``native`` ran, else 0.
+        :class:`~mail_agents.ops._ssd_chunks.Kept`, and 1 where ``native`` ran, else 0.
     """
     inputs = Inputs(x, dt, A, B, C, D, h0, reset, exact_zero, want_state)
     refusal = functools.partial(_refuse_native, inputs)

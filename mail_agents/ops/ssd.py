@@ -36,9 +36,10 @@ from mail_agents.ops import _ssd_cuda, _ssd_native
 from mail_agents.ops._checks import check_shapes
 from mail_agents.ops._opaque import tracing
 from mail_agents.ops._precision import as_dtype, no_autocast
+from mail_agents.ops._ssd_chunks import Inputs
 from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs, check_groups, skip_shape, step_sizes
 from mail_agents.ops._ssd_opaque import opaque_ssd
-from mail_agents.ops._ssd_torch import Inputs, StateSpaceDuality
+from mail_agents.ops._ssd_torch import StateSpaceDuality
 from mail_agents.ops.backends import (
     SSD_CUDA,
     Candidate,

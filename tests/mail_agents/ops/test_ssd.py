@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mail_agents.errors import InvalidInputError, MissingDependencyError
 from mail_agents.ops import (
     _native,
+    _ssd_chunks,
     _ssd_cuda,
     _ssd_opaque,
-    _ssd_torch,
     backend_report,
     ssd,
     ssd_step,
@@ -323,9 +323,9 @@ def test_torch_backend_equals_reference_for_any_shape_and_chunking(
         "dt_limit": limit,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ssd_torch, "_SINGLE", single)
-        patch.setattr(_ssd_torch, "_CHUNK", chunk)
-        patch.setattr(_ssd_torch, "_BLOCK", block)
+        patch.setattr(_ssd_chunks, "_SINGLE", single)
+        patch.setattr(_ssd_chunks, "_CHUNK", chunk)
+        patch.setattr(_ssd_chunks, "_BLOCK", block)
         found = gradients(inputs, "torch", **options)
     # What resets leave of the gradient of A may be nothing but the rounding of other gradients.
     assert_near(found, gradients(inputs, "reference", **options), 1e-9, smallest=1e-6)
@@ -334,8 +334,8 @@ def test_torch_backend_equals_reference_for_any_shape_and_chunking(
 @pytest.mark.parametrize("chunk", [2, 10**6])
 @pytest.mark.parametrize("softplus", [False, True])
 def test_gradcheck_of_the_torch_backend(chunk, softplus, monkeypatch):
-    monkeypatch.setattr(_ssd_torch, "_SINGLE", chunk)
-    monkeypatch.setattr(_ssd_torch, "_CHUNK", chunk)
+    monkeypatch.setattr(_ssd_chunks, "_SINGLE", chunk)
+    monkeypatch.setattr(_ssd_chunks, "_CHUNK", chunk)
     inputs = make(2, 5, 2, 2, 1, 2, dtype=torch.float64)
     reset = torch.tensor([[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
     leaves = [v.detach().requires_grad_() for v in inputs.values()]
@@ -412,8 +412,8 @@ def test_growing_states():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("chunk", [8, 192])
 def test_what_is_not_finite_stays_in_its_sequence(backend, name, value, chunk, monkeypatch):
-    monkeypatch.setattr(_ssd_torch, "_SINGLE", chunk)
-    monkeypatch.setattr(_ssd_torch, "_CHUNK", chunk)
+    monkeypatch.setattr(_ssd_chunks, "_SINGLE", chunk)
+    monkeypatch.setattr(_ssd_chunks, "_CHUNK", chunk)
     inputs = {k: v.clone() for k, v in make(3, 40, optional=("D",)).items()}
     inputs[name][1, 20] = value
     y = ssd(**inputs, backend=backend)
