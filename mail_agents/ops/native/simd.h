@@ -136,15 +136,15 @@ static inline vf sigmoidv(vf x) { return 1.0f / (1.0f + expv(-x)); }
 static inline vf siluv(vf x) { return x / (1.0f + expv(-x)); }
 
 /// log(1 + e^x) with a small relative error on both sides, which makes it the identity above 17 and
-/// 0 at -infinity; log(1 + e) = 2 artanh(e / (2 + e)).
+/// 0 at -infinity. With s = e / (2 + e), log(1 + e) = 2 artanh(s) = e - s (e - r) for the rest r of
+/// the series of 2 artanh(s) / s: the largest term is e itself, without the rounding of s.
 static inline vf softplusv(vf x) {
   vf e = expv(at_most(x, -x));
   vf s = e / (e + 2.0f), square = s * s;
-  vf p = fma(square, splat(0.140059978f), splat(0.140009016f));
-  p = fma(square, p, splat(0.200107634f));
-  p = fma(square, p, splat(0.333332092f));
-  p = fma(square * s, p, s);
-  return at_least(x, vf{}) + (p + p);
+  vf r = fma(square, splat(0.280119956f), splat(0.280018032f));
+  r = fma(square, r, splat(0.400215268f));
+  r = fma(square, r, splat(0.666664184f));
+  return at_least(x, vf{}) + fma(s, fma(square, r, -e), e);
 }
 
 /// Sum of all lanes, in pairs.
