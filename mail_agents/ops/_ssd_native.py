@@ -12,19 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mail_agents.ops._native import load, refuse_native, threads
+from mail_agents.ops._native import refuse_native, threads
+from mail_agents.ops._native_call import Sequence, address, call, cotangent, sequence
 from mail_agents.ops._ssd_chunks import Inputs, chunks
 from mail_agents.ops._ssd_inputs import SsdInputs
-
-
-class _Sequence(ctypes.Structure):
-    """A (B, L, ., .) tensor whose last two axes are contiguous."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("time_stride", ctypes.c_int64),
-    )
 
 
 class _Ssd(ctypes.Structure):
@@ -32,9 +23,9 @@ class _Ssd(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("batch", "length", "heads", "head", "groups", "states")),
-        *((n, _Sequence) for n in ("x", "B", "C")),
+        *((n, Sequence) for n in ("x", "B", "C")),
         *((n, ctypes.c_void_p) for n in ("dt", "A", "D", "reset", "h0", "last", "y")),
-        ("dy", _Sequence),
+        ("dy", Sequence),
         *((n, ctypes.c_void_p) for n in ("dx", "ddt", "dB", "dC", "dA", "dD")),
         ("threads", ctypes.c_int64),
     )
@@ -62,23 +53,23 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     y = x.new_empty(x.shape)
     last = x.new_empty(x.shape[0], *x.shape[2:], n) if inputs.want_state else None
     args = _arguments(inputs)
-    args.y, args.last, args.h0 = y.data_ptr(), _pointer(last), _pointer(inputs.h0)
-    _call("mail_ssd_forward", args)
+    args.y, args.last, args.h0 = y.data_ptr(), address(last), address(inputs.h0)
+    call("ssd", "mail_ssd_forward", args)
     return y, last
 
 
 def backward(inputs: Inputs, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D and h0 (None) from the cotangent of y."""
     D, inputs = inputs.D, _ready(inputs)
-    x, dy = inputs.x, _dense(dy.resolve_neg())
+    x, dy = inputs.x, _dense(cotangent("ssd", dy))
     batch, _, heads, head = x.shape
     dx, ddt, dB, dC = (x.new_empty(t.shape) for t in (x, inputs.dt, inputs.B, inputs.C))
     dA, dD = x.new_empty(batch, heads), None if D is None else x.new_empty(batch, heads, head)
     args = _arguments(inputs)
-    args.dy = _sequence(dy)
+    args.dy = sequence(dy)
     args.dx, args.ddt, args.dB, args.dC = (t.data_ptr() for t in (dx, ddt, dB, dC))
-    args.dA, args.dD = dA.data_ptr(), _pointer(dD)
-    _call("mail_ssd_backward", args)
+    args.dA, args.dD = dA.data_ptr(), address(dD)
+    call("ssd", "mail_ssd_backward", args)
     if D is not None and dD is not None:
         dD = dD.sum(0) if D.dim() == 2 else dD.sum((0, 2))
     return dx, ddt, dA.sum(0), dB, dC, dD, None
@@ -121,21 +112,7 @@ def _dense(x: Tensor) -> Tensor:
 def _arguments(inputs: Inputs) -> _Ssd:
     return _Ssd(
         *(*inputs.x.shape, *inputs.B.shape[2:]),
-        *map(_sequence, (inputs.x, inputs.B, inputs.C)),
-        *map(_pointer, (inputs.dt, inputs.A, inputs.D, inputs.reset)),
+        *map(sequence, (inputs.x, inputs.B, inputs.C)),
+        *map(address, (inputs.dt, inputs.A, inputs.D, inputs.reset)),
         threads=threads(),
     )
-
-
-def _sequence(x: Tensor) -> _Sequence:
-    return _Sequence(x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _call(name: str, args: _Ssd) -> None:
-    library: Any = load().library
-    if getattr(library, name)(ctypes.byref(args)):
-        raise MemoryError("ssd: no memory for the scratch space of the native kernel")

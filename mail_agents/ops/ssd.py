@@ -9,9 +9,10 @@ a group::
     h_t  = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T         (zero before the first step, or h0)
     y_t  = (h_t C_t + D x_t) * silu(z_t)
 
-A NaN or an infinity reaches the later outputs of its sequence, and no other sequence; the matrix
-products of all backends but ``reference`` carry it to earlier steps of the same sequence, too. All
-arithmetic is float32 (float64 when an input is float64), whatever the dtype of the inputs.
+A NaN or an infinity reaches the output of its step and later ones of its sequence, and no other
+sequence. ``native`` and ``reference`` carry it to no earlier one; the matrix products of ``cuda``
+and ``torch`` do, as far as their chunk. All arithmetic is float32 (float64 when an input is
+float64), whatever the dtype of the inputs.
 
 ==============  ==========================================  =====================================
 backend         runs                                        gradients

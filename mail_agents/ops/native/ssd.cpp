@@ -7,37 +7,25 @@
 // head stays in the first or second cache. Running sums, their differences and those sums of the
 // backward pass that nearly cancel are float64. The forward pass also starts from a state and ends
 // in one.
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "gemm.h"
+#include "memory.h"
 #include "simd.h"
 
+using namespace mail;
 using namespace simd;
 
 extern "C" {
 
-/// A (batch, time, ...) tensor whose inner axes are contiguous.
-struct SsdSequence {
-  const float* data;
-  int64_t batch_stride, time_stride;
-};
-
 /// Results are contiguous; those of the backward pass have a leading axis of batch rows.
 struct Ssd {
   int64_t batch, length, heads, head, groups, states;
-  SsdSequence x, B, C;       // (..., heads, head), (..., groups, states)
+  Sequence x, B, C;       // (..., heads, head), (..., groups, states)
   const float *dt, *A, *D;   // (batch, length, heads), (heads,), (heads, head) or null
   const uint8_t* reset;      // (batch, length) or null
   // States before and after, (batch, heads, head, states) or null; only the forward pass has them.
   const float* h0;
   float *last, *y;  // y (batch, length, heads, head)
-  SsdSequence dy;
+  Sequence dy;
   float *dx, *ddt, *dB, *dC;  // like x, dt, B, C
   float *dA, *dD;             // (batch, heads), (batch, heads, head) or null
   int64_t threads;
@@ -52,25 +40,6 @@ constexpr double NOTHING = -1100.0;
 
 int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/// Scratch memory of one thread, cut into arrays whose rows are whole vectors.
-struct Scratch {
-  char* data;
-  size_t used = 0;
-  explicit Scratch(size_t bytes) {
-    data = static_cast<char*>(aligned_alloc(64, (bytes + 63) / 64 * 64));
-  }
-  ~Scratch() { free(data); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* found = reinterpret_cast<T*>(data + used);
-    used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return found;
-  }
-};
-
 /// Rows of `width` floats from a strided source, padded with zeros to whole vectors.
 void gather(const float* from, int64_t step, int64_t rows, int64_t width, float* out) {
   int64_t wide = padded(width);
@@ -79,8 +48,9 @@ void gather(const float* from, int64_t step, int64_t rows, int64_t width, float*
       store(out + i * wide + p, load_part(from + i * step + p, width - p));
 }
 
-/// ROWS rows and V vectors of out = M X, where M has any two strides and k runs in [first, last).
-template <int ROWS, int V>
+/// ROWS rows and V vectors of out = M X, where M has any two strides and k runs in [first, last). In
+/// a triangle, row r has r elements more.
+template <int ROWS, int V, bool TRIANGLE>
 inline void block(const float* m, int64_t row_step, int64_t k_step, int64_t first, int64_t last,
                   const float* x, float* out, int64_t width) {
   vf acc[ROWS][V] = {};
@@ -95,27 +65,38 @@ inline void block(const float* m, int64_t row_step, int64_t k_step, int64_t firs
       for (int v = 0; v < V; v++) acc[r][v] += left * right[v];
     }
   }
+  // Zeros in place of these branches would let what is not finite go back in time.
+  if (TRIANGLE)
+#pragma GCC unroll 8
+    for (int more = 1; more < ROWS; more++)
+#pragma GCC unroll 8
+      for (int r = more; r < ROWS; r++) {
+        int64_t k = last - 1 + more;
+        vf left = splat(m[r * row_step + k * k_step]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) acc[r][v] += left * load(x + k * width + v * LANES);
+      }
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) store(out + r * width + v * LANES, acc[r][v]);
 }
 
-template <int ROWS>
+template <int ROWS, bool TRIANGLE = false>
 inline void stripe(const float* m, int64_t row_step, int64_t k_step, int64_t first, int64_t last,
                    const float* x, float* out, int64_t width) {
   int64_t p = 0;
   for (; p + 4 * LANES <= width; p += 4 * LANES)
-    block<ROWS, 4>(m, row_step, k_step, first, last, x + p, out + p, width);
+    block<ROWS, 4, TRIANGLE>(m, row_step, k_step, first, last, x + p, out + p, width);
   for (; p + 2 * LANES <= width; p += 2 * LANES)
-    block<ROWS, 2>(m, row_step, k_step, first, last, x + p, out + p, width);
+    block<ROWS, 2, TRIANGLE>(m, row_step, k_step, first, last, x + p, out + p, width);
   for (; p < width; p += LANES)
-    block<ROWS, 1>(m, row_step, k_step, first, last, x + p, out + p, width);
+    block<ROWS, 1, TRIANGLE>(m, row_step, k_step, first, last, x + p, out + p, width);
 }
 
 constexpr int ROWS = LANES >= 16 ? 4 : 2;
 
-/// out = M X for a lower triangular M (zeros above the diagonal are stored), or M^T X.
+/// out = M X for a lower triangular M, or M^T X, where zeros above the diagonal are stored.
 template <bool TRANSPOSED>
 void triangle(const float* m, int64_t step, int64_t length, const float* x, float* out,
               int64_t width) {
@@ -125,8 +106,8 @@ void triangle(const float* m, int64_t step, int64_t length, const float* x, floa
     const float* start = TRANSPOSED ? m + i : m + i * step;
     int64_t row_step = TRANSPOSED ? 1 : step, k_step = TRANSPOSED ? step : 1;
     if (whole) {
-      stripe<ROWS>(start, row_step, k_step, TRANSPOSED ? i : 0, TRANSPOSED ? length : i + ROWS, x,
-                   out + i * width, width);
+      stripe<ROWS, !TRANSPOSED>(start, row_step, k_step, TRANSPOSED ? i : 0,
+                                TRANSPOSED ? length : i + 1, x, out + i * width, width);
     } else {
       for (int64_t r = 0; i + r < length; r++)
         stripe<1>(start + r * row_step, row_step, k_step, TRANSPOSED ? i + r : 0,
@@ -159,7 +140,7 @@ struct Group {
   double* sum;
   int64_t b = 0;
 
-  Group(const Ssd& ssd, Scratch& memory) : s(ssd), size(ssd) {
+  Group(const Ssd& ssd, Arena& memory) : s(ssd), size(ssd) {
     B = memory.take<float>(size.length * size.states);
     C = memory.take<float>(size.length * size.states);
     table = memory.take<float>(size.length * size.step);
@@ -172,19 +153,15 @@ struct Group {
     state = memory.take<float>(inner > end ? inner : end);
   }
 
-  const float* at(const SsdSequence& from, int64_t offset) const {
-    return from.data + b * from.batch_stride + offset;
-  }
-
   void start(int64_t row, int64_t group) {
     b = row;
-    gather(at(s.B, group * s.states), s.B.time_stride, size.length, s.states, B);
-    gather(at(s.C, group * s.states), s.C.time_stride, size.length, s.states, C);
+    gather(s.B.at(b, 0) + group * s.states, s.B.time_stride, size.length, s.states, B);
+    gather(s.C.at(b, 0) + group * s.states, s.C.time_stride, size.length, s.states, C);
     products(C, B, size.length, size.states, table, size.step);
   }
 
   void start_head(int64_t h) {
-    gather(at(s.x, h * s.head), s.x.time_stride, size.length, s.head, x);
+    gather(s.x.at(b, 0) + h * s.head, s.x.time_stride, size.length, s.head, x);
     double total = 0.0, rate = double(s.A[h]) * LOG2_E;
     for (int64_t t = 0; t < size.length; t++) {
       dt[t] = s.dt[(b * size.length + t) * s.heads + h];
@@ -285,7 +262,7 @@ struct Backward {
   float *dy, *S, *dtable, *direct, *through;
   double *rows, *columns;
 
-  Backward(Group& g, Scratch& memory) : group(g), s(g.s), size(g.size) {
+  Backward(Group& g, Arena& memory) : group(g), s(g.s), size(g.size) {
     dy = memory.take<float>(size.length * size.head);
     S = memory.take<float>(size.length * size.step);
     dtable = memory.take<float>(size.length * size.step);
@@ -298,7 +275,7 @@ struct Backward {
   /// Gradients of one head; `out` holds rows of the width of a head.
   void head(int64_t h, float* out) {
     group.start_head(h);
-    gather(group.at(s.dy, h * s.head), s.dy.time_stride, size.length, s.head, dy);
+    gather(s.dy.at(group.b, 0) + h * s.head, s.dy.time_stride, size.length, s.head, dy);
     products(dy, group.x, size.length, size.head, S, size.step);
     memset(direct, 0, sizeof(float) * size.step);
     memset(columns, 0, sizeof(double) * size.step);
@@ -376,47 +353,44 @@ struct Backward {
   }
 };
 
-/// An upper bound of what one thread takes from its scratch memory.
-size_t scratch_bytes(const Ssd& s) {
+/// An upper bound of what one thread takes from its memory; whole cache lines.
+int64_t bytes_of(const Ssd& s) {
   Sizes size(s);
   int64_t widest = size.head > size.states ? size.head : size.states;
   int64_t floats = size.length * (2 * size.states + 2 * size.head + widest + 4 * size.step);
   if (s.h0 || s.last) floats += size.length * size.head + s.head * size.states;
-  int64_t rows = size.step * (4 * sizeof(float) + 3 * sizeof(double));
-  return size_t(floats) * sizeof(float) + size_t(rows) + 20 * 64;
+  return room<float>(floats + 4 * size.step) + room<double>(3 * size.step) + 20 * 64;
+}
+
+/// One group of one sequence.
+template <bool BACKWARD>
+void run_group(const Ssd& s, int64_t row, int64_t index, Arena memory) {
+  Group group(s, memory);
+  Backward backward(group, memory);
+  const Sizes& size = group.size;
+  int64_t widest = size.head > size.states ? size.head : size.states;
+  float* out = memory.take<float>(size.length * widest);
+  int64_t heads = s.heads / s.groups;
+  group.start(row, index);
+  if (BACKWARD) memset(backward.dtable, 0, sizeof(float) * size.length * size.step);
+  for (int64_t h = index * heads; h < (index + 1) * heads; h++) {
+    if (BACKWARD)
+      backward.head(h, out);
+    else
+      group.forward_head(h, out);
+  }
+  if (BACKWARD) backward.projections(index, out);
 }
 
 template <bool BACKWARD>
 int run(const Ssd& s) {
-  int64_t tasks = s.batch * s.groups, heads = s.heads / s.groups;
-  int failed = 0;
-#pragma omp parallel if (s.threads > 1) num_threads(int(s.threads)) reduction(| : failed)
-  {
-    Scratch memory(scratch_bytes(s));
-    if (!memory.data) {
-      failed = 1;
-    } else {
-      Group group(s, memory);
-      Backward backward(group, memory);
-      const Sizes& size = group.size;
-      int64_t widest = size.head > size.states ? size.head : size.states;
-      float* out = memory.take<float>(size.length * widest);
-#pragma omp for schedule(static)
-      for (int64_t task = 0; task < tasks; task++) {
-        int64_t index = task % s.groups;
-        group.start(task / s.groups, index);
-        if (BACKWARD) memset(backward.dtable, 0, sizeof(float) * size.length * size.step);
-        for (int64_t h = index * heads; h < (index + 1) * heads; h++) {
-          if (BACKWARD)
-            backward.head(h, out);
-          else
-            group.forward_head(h, out);
-        }
-        if (BACKWARD) backward.projections(index, out);
-      }
-    }
-  }
-  return failed;
+  int64_t own = bytes_of(s);
+  Memory memory(s.threads * own);
+  if (!memory) return 1;
+  for_all(s.batch * s.groups, s.threads, [&](int64_t i, int64_t me) {
+    run_group<BACKWARD>(s, i / s.groups, i % s.groups, {memory.next + me * own});
+  });
+  return 0;
 }
 
 }  // namespace
