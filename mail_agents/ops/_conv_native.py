@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mail_agents.ops._native import load, refuse_native, threads
-
-_MAX_WIDTH = 64
+from mail_agents.ops._native import refuse_native, threads
+from mail_agents.ops._native_call import Sequence, address, call, cotangent, rows, sequence
 
 
 class _Conv(ctypes.Structure):
@@ -21,12 +20,11 @@ class _Conv(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("batch", "length", "channels", "width", "silu")),
-        ("x", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in ("x_batch", "x_time")),
-        *((n, ctypes.c_void_p) for n in ("weight", "bias", "history")),
-        *((n, ctypes.c_int64) for n in ("history_batch", "history_time")),
-        *((n, ctypes.c_void_p) for n in ("out", "dout")),
-        *((n, ctypes.c_int64) for n in ("dout_batch", "dout_time")),
+        ("x", Sequence),
+        *((n, ctypes.c_void_p) for n in ("weight", "bias")),
+        ("history", Sequence),
+        ("out", ctypes.c_void_p),
+        ("dout", Sequence),
         *((n, ctypes.c_void_p) for n in ("dx", "dweight", "dbias", "dhistory")),
         ("threads", ctypes.c_int64),
     )
@@ -34,8 +32,6 @@ class _Conv(ctypes.Structure):
 
 def refuse(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None) -> str | None:
     """Returns why the kernel cannot run these inputs, or None; builds the kernels if needed."""
-    if not 1 <= weight.shape[1] <= _MAX_WIDTH:
-        return f"the kernel takes filters of width 1 to {_MAX_WIDTH}, got {weight.shape[1]}"
     return refuse_native(x, weight, bias, history)
 
 
@@ -55,8 +51,8 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor | None, bool, Tensor | None]:
     """Float32 with contiguous channels, which is what the kernel reads."""
     shift = None if bias is None else bias.float().contiguous()
-    past = None if history is None else _rows(history.float())
-    return _rows(x.float()), weight.float().contiguous(), shift, silu, past
+    past = None if history is None else rows(history.float())
+    return rows(x.float()), weight.float().contiguous(), shift, silu, past
 
 
 def conv_forward(
@@ -66,7 +62,7 @@ def conv_forward(
     out = x.new_empty(x.shape)
     args = _arguments(x, weight, bias, silu, history)
     args.out = out.data_ptr()
-    _call("mail_conv_forward", args)
+    call("causal_conv1d", "mail_conv_forward", args)
     return out
 
 
@@ -79,15 +75,15 @@ def conv_backward(
     dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of input, filters, bias and history."""
-    dout = _rows(dout.resolve_neg())
+    dout = rows(cotangent("causal_conv1d", dout))
     dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
     dbias = None if bias is None else bias.new_empty(bias.shape)
     dhistory = None if history is None else history.new_empty(history.shape)
     args = _arguments(x, weight, bias, silu, history)
-    args.dout, args.dout_batch, args.dout_time = dout.data_ptr(), dout.stride(0), dout.stride(1)
+    args.dout = sequence(dout)
     args.dx, args.dweight = dx.data_ptr(), dweight.data_ptr()
-    args.dbias, args.dhistory = _pointer(dbias), _pointer(dhistory)
-    _call("mail_conv_backward", args)
+    args.dbias, args.dhistory = address(dbias), address(dhistory)
+    call("causal_conv1d", "mail_conv_backward", args)
     return dx, dweight, dbias, dhistory
 
 
@@ -118,26 +114,8 @@ class _NativeConv(torch.autograd.Function):
 def _arguments(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, history: Tensor | None
 ) -> _Conv:
-    past = (None, 0, 0)
-    if history is not None:
-        past = (history.data_ptr(), history.stride(0), history.stride(1))
     return _Conv(
-        *(*x.shape, weight.shape[1], silu),
-        *(x.data_ptr(), x.stride(0), x.stride(1)),
-        *(weight.data_ptr(), _pointer(bias), *past),
+        *(*x.shape, weight.shape[1], silu, sequence(x)),
+        *(address(weight), address(bias), sequence(history)),
         threads=threads(),
     )
-
-
-def _call(name: str, args: _Conv) -> None:
-    if getattr(load().library, name)(ctypes.byref(args)):
-        raise MemoryError("causal_conv1d: no memory for the scratch space of the native kernel")
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The same values with contiguous channels."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()

@@ -125,9 +125,10 @@ def _check(
     activation: str | None,
     history: Tensor | None,
 ) -> None:
-    if len(shape) != dims or weight.dim() != 2 or weight.shape[0] != shape[-1]:
+    fits = weight.dim() == 2 and weight.shape[0] == shape[-1] and weight.shape[1] > 0
+    if len(shape) != dims or not fits:
         raise InvalidInputError(
-            f"causal_conv1d needs x ({'B, L, D' if dims == 3 else 'B, D'}) and weight (D, W), "
+            f"causal_conv1d needs x ({'B, L, D' if dims == 3 else 'B, D'}) and weight (D, W > 0), "
             f"got x {tuple(shape)} and weight {tuple(weight.shape)}. "
             "Sequences are channel-last here; Conv1d weights (D, 1, W) need .squeeze(1)."
         )

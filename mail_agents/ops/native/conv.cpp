@@ -2,32 +2,22 @@
 //
 // One lane is one channel; the rows that a step looks back at are still in the first cache. Backward
 // computes the value before the activation again instead of reading it from memory.
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "memory.h"
 #include "simd.h"
 
+using namespace mail;
 using namespace simd;
 
 extern "C" {
 
-/// Sizes, (batch, time, channel) tensors with strides of batch and time, and contiguous ones.
-/// What is optional may be null.
+/// What is optional may be null; results are contiguous.
 struct Conv {
   int64_t batch, length, channels, width, silu;
-  const float* x;
-  int64_t x_batch, x_time;
+  Sequence x;
   const float *weight, *bias;  // (channels, width), (channels)
-  const float* history;        // the width - 1 rows before x
-  int64_t history_batch, history_time;
+  Sequence history;            // the width - 1 rows before x
   float* out;
-  const float* dout;
-  int64_t dout_batch, dout_time;
+  Sequence dout;
   float *dx, *dweight, *dbias, *dhistory;
   int64_t threads;
 };
@@ -36,18 +26,49 @@ struct Conv {
 namespace {
 
 constexpr int64_t SEGMENT = 256;  // channels of one pass over time
-constexpr int64_t MAX_WIDTH = 64;
+constexpr int64_t SUMMED = 64;    // steps whose gradients are summed in float32
 
-struct Memory {
-  float* data;
-  explicit Memory(int64_t size) {
-    size_t bytes = (size_t(size < 1 ? 1 : size) * sizeof(float) + 63) / 64 * 64;
-    data = static_cast<float*>(aligned_alloc(64, bytes));
-    if (data) memset(data, 0, bytes);
+int64_t segments_of(const Conv& s) { return (s.channels + SEGMENT - 1) / SEGMENT; }
+
+/// Scratch memory of one thread.
+struct Scratch {
+  float *taps, *bias, *ring;  // (width, SEGMENT), (SEGMENT,), (width, SEGMENT)
+  const float** rows;         // (width,)
+
+  static int64_t bytes(const Conv& s) {
+    return 2 * room<float>(s.width * SEGMENT) + room<float>(SEGMENT) + room<float*>(s.width);
   }
-  ~Memory() { free(data); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
+  Scratch(const Conv& s, Arena memory) {
+    taps = memory.take<float>(s.width * SEGMENT);
+    bias = memory.take<float>(SEGMENT);
+    ring = memory.take<float>(s.width * SEGMENT);
+    rows = memory.take<const float*>(s.width);
+  }
+};
+
+/// Sums of the gradients of filters and bias of one segment, (width + 1, SEGMENT): of the last
+/// steps, and of all before them; batches have so many that single precision would show.
+struct Sums {
+  int64_t size, *steps;
+  float* recent;
+  double* total;
+
+  static int64_t bytes(const Conv& s) {
+    int64_t size = (s.width + 1) * SEGMENT;
+    return room<int64_t>(1) + room<float>(size) + room<double>(size);
+  }
+  Sums(const Conv& s, Arena memory) : size((s.width + 1) * SEGMENT) {
+    steps = memory.take<int64_t>(1);
+    recent = memory.take<float>(size);
+    total = memory.take<double>(size);
+  }
+  void step_done() const {
+    if (++*steps % SUMMED) return;
+    for (int64_t i = 0; i < size; i++) {
+      total[i] += double(recent[i]);
+      recent[i] = 0.0f;
+    }
+  }
 };
 
 /// One segment of channels of one sequence.
@@ -58,9 +79,8 @@ struct Part {
 
   /// Row t of the input, which the history precedes.
   const float* row(int64_t t) const {
-    if (t >= 0) return s.x + b * s.x_batch + t * s.x_time + first;
-    if (!s.history) return nothing;
-    return s.history + b * s.history_batch + (s.width - 1 + t) * s.history_time + first;
+    if (t >= 0) return s.x.at(b, t) + first;
+    return s.history.data ? s.history.at(b, s.width - 1 + t) + first : nothing;
   }
 };
 
@@ -74,60 +94,69 @@ inline vf sum_taps(int64_t width, const float* const* rows, const float* taps, v
 }
 
 /// Transposes the filters of a segment into (width, SEGMENT), and pads its bias.
-void arrange(const Part& p, float* taps, float* bias) {
+void arrange(const Part& p, const Scratch& w) {
   for (int64_t c = 0; c < p.count; c++) {
     for (int64_t k = 0; k < p.s.width; k++)
-      taps[k * SEGMENT + c] = p.s.weight[(p.first + c) * p.s.width + k];
-    bias[c] = p.s.bias ? p.s.bias[p.first + c] : 0.0f;
+      w.taps[k * SEGMENT + c] = p.s.weight[(p.first + c) * p.s.width + k];
+    w.bias[c] = p.s.bias ? p.s.bias[p.first + c] : 0.0f;
   }
 }
 
+/// W is the width, or 0 where it is not known.
 template <int W>
-void forward_part(const Part& p, float* memory) {
+void forward_part(const Part& p, const Scratch& w) {
   const Conv& s = p.s;
-  float *taps = memory, *bias = memory + s.width * SEGMENT;
-  arrange(p, taps, bias);
-  const float* rows[MAX_WIDTH];
+  int64_t width = W ? W : s.width;
+  const float *few[W ? W : 1], **rows = W ? few : w.rows;
+  arrange(p, w);
   for (int64_t t = 0; t < s.length; t++) {
-    for (int64_t k = 0; k < s.width; k++) rows[k] = p.row(t - s.width + 1 + k);
+    for (int64_t k = 0; k < width; k++) rows[k] = p.row(t - width + 1 + k);
     float* out = s.out + (p.b * s.length + t) * s.channels + p.first;
     for (int64_t c = 0; c < p.count; c += LANES) {
-      vf sum = sum_taps<W>(s.width, rows, taps, load(bias + c), c, p.count - c);
+      vf sum = sum_taps<W>(width, rows, w.taps, load(w.bias + c), c, p.count - c);
       store_part(out + c, s.silu ? siluv(sum) : sum, p.count - c);
     }
   }
 }
 
-/// Adds to the sums (width + 1, SEGMENT) of the gradients of filters and bias.
+/// Cotangents before the activation of step t; adds to the sums what they give filters and bias.
 template <int W>
-void backward_part(const Part& p, float* memory, float* sums) {
+void through_step(const Part& p, const Scratch& w, int64_t t, const float** rows, float* now,
+                  float* sums) {
   const Conv& s = p.s;
   int64_t width = W ? W : s.width;
-  float *taps = memory, *bias = taps + width * SEGMENT, *ring = bias + SEGMENT;
-  arrange(p, taps, bias);
-  memset(ring, 0, sizeof(float) * width * SEGMENT);
-  const float* rows[MAX_WIDTH];
+  for (int64_t k = 0; k < width; k++) rows[k] = p.row(t - width + 1 + k);
+  const float* dout = s.dout.at(p.b, t) + p.first;
+  for (int64_t c = 0; c < p.count; c += LANES) {
+    vf g = load_part(dout + c, p.count - c);
+    if (s.silu) {
+      vf pre = sum_taps<W>(width, rows, w.taps, load(w.bias + c), c, p.count - c);
+      vf gate = sigmoidv(pre);
+      g *= gate * fma(pre, 1.0f - gate, splat(1.0f));
+    }
+    store(now + c, g);
+    for (int64_t k = 0; k < width; k++) {
+      float* sum = sums + k * SEGMENT + c;
+      store(sum, fma(g, load_part(rows[k] + c, p.count - c), load(sum)));
+    }
+    float* sum = sums + width * SEGMENT + c;
+    store(sum, load(sum) + g);
+  }
+}
+
+template <int W>
+void backward_part(const Part& p, const Scratch& w, const Sums& sums) {
+  const Conv& s = p.s;
+  int64_t width = W ? W : s.width;
+  const float *few[W ? W : 1], **rows = W ? few : w.rows;
+  arrange(p, w);
+  memset(w.ring, 0, sizeof(float) * width * SEGMENT);
   for (int64_t t = 0; t < s.length + width - 1; t++) {
     // Cotangents before the activation of the last steps, t - k in row (t - k) % width.
-    float* now = ring + t % width * SEGMENT;
+    float* now = w.ring + t % width * SEGMENT;
     if (t < s.length) {
-      for (int64_t k = 0; k < width; k++) rows[k] = p.row(t - width + 1 + k);
-      const float* dout = s.dout + p.b * s.dout_batch + t * s.dout_time + p.first;
-      for (int64_t c = 0; c < p.count; c += LANES) {
-        vf g = load_part(dout + c, p.count - c);
-        if (s.silu) {
-          vf pre = sum_taps<W>(width, rows, taps, load(bias + c), c, p.count - c);
-          vf gate = sigmoidv(pre);
-          g *= gate * fma(pre, 1.0f - gate, splat(1.0f));
-        }
-        store(now + c, g);
-        for (int64_t k = 0; k < width; k++) {
-          float* sum = sums + k * SEGMENT + c;
-          store(sum, fma(g, load_part(rows[k] + c, p.count - c), load(sum)));
-        }
-        float* sum = sums + width * SEGMENT + c;
-        store(sum, load(sum) + g);
-      }
+      through_step<W>(p, w, t, rows, now, sums.recent);
+      sums.step_done();
     } else {
       memset(now, 0, sizeof(float) * SEGMENT);
     }
@@ -139,50 +168,40 @@ void backward_part(const Part& p, float* memory, float* sums) {
     else if (s.dhistory)
       to = s.dhistory + (p.b * (width - 1) + t) * s.channels;
     if (!to) continue;
-    const float* later[MAX_WIDTH];
-    for (int64_t k = 0; k < width; k++) later[k] = ring + (t + k + 1) % width * SEGMENT;
+    for (int64_t k = 0; k < width; k++) rows[k] = w.ring + (t + k + 1) % width * SEGMENT;
     for (int64_t c = 0; c < p.count; c += LANES) {
       vf sum = vf{};
       for (int64_t k = 0; k < width; k++)
-        sum = fma(load(later[k] + c), load(taps + (width - 1 - k) * SEGMENT + c), sum);
+        sum = fma(load(rows[k] + c), load(w.taps + (width - 1 - k) * SEGMENT + c), sum);
       store_part(to + p.first + c, sum, p.count - c);
     }
   }
 }
 
-/// Calls work(part, thread) for every sequence and segment of channels, in equal shares.
+/// Calls work(part, thread) for every sequence and segment of channels.
 template <class Work>
-void for_all(const Conv& s, const float* nothing, const Work& work) {
-  int64_t segments = (s.channels + SEGMENT - 1) / SEGMENT, items = s.batch * segments;
-#pragma omp parallel num_threads(s.threads) if (s.threads > 1)
-  {
-    int64_t me = 0, team = 1;
-#ifdef _OPENMP
-    me = omp_get_thread_num(), team = omp_get_num_threads();
-#endif
-    for (int64_t i = items * me / team; i < items * (me + 1) / team; i++) {
-      int64_t first = i % segments * SEGMENT, left = s.channels - first;
-      work(Part{s, i / segments, first, left < SEGMENT ? left : SEGMENT, nothing}, me);
-    }
-  }
+void for_parts(const Conv& s, const float* nothing, const Work& work) {
+  int64_t segments = segments_of(s);
+  for_all(s.batch * segments, s.threads, [&](int64_t i, int64_t me) {
+    int64_t first = i % segments * SEGMENT, left = s.channels - first;
+    work(Part{s, i / segments, first, left < SEGMENT ? left : SEGMENT, nothing}, me);
+  });
 }
 
 }  // namespace
 
 extern "C" {
 
-/// Widest filter.
-int64_t mail_conv_max_width(void) { return MAX_WIDTH; }
-
 /// Fills out. Returns 0, or 1 without memory.
 int mail_conv_forward(const Conv* args) {
   const Conv& s = *args;
-  int64_t own = (s.width + 1) * SEGMENT;
-  Memory memory(SEGMENT + s.threads * own);
-  if (!memory.data) return 1;
-  float* rest = memory.data + SEGMENT;
-  for_all(s, memory.data, [&](const Part& p, int64_t me) {
-    s.width == 4 ? forward_part<4>(p, rest + me * own) : forward_part<0>(p, rest + me * own);
+  int64_t own = Scratch::bytes(s);
+  Memory memory(room<float>(SEGMENT) + s.threads * own);
+  if (!memory) return 1;
+  const float* nothing = memory.zeros<float>(SEGMENT);
+  for_parts(s, nothing, [&](const Part& p, int64_t me) {
+    Scratch w(s, {memory.next + me * own});
+    s.width == 4 ? forward_part<4>(p, w) : forward_part<0>(p, w);
   });
   return 0;
 }
@@ -191,26 +210,31 @@ int mail_conv_forward(const Conv* args) {
 /// memory.
 int mail_conv_backward(const Conv* args) {
   const Conv& s = *args;
-  int64_t segments = (s.channels + SEGMENT - 1) / SEGMENT;
-  int64_t own = (2 * s.width + 1) * SEGMENT, size = (s.width + 1) * SEGMENT;
-  int64_t stride = segments * size;
-  Memory memory(SEGMENT + s.threads * own), sums(s.threads * stride);
-  if (!memory.data || !sums.data) return 1;
-  float* rest = memory.data + SEGMENT;
-  for_all(s, memory.data, [&](const Part& p, int64_t me) {
-    float* sum = sums.data + me * stride + p.first / SEGMENT * size;
-    s.width == 4 ? backward_part<4>(p, rest + me * own, sum)
-                 : backward_part<0>(p, rest + me * own, sum);
+  int64_t own = Scratch::bytes(s), each = Sums::bytes(s), segments = segments_of(s);
+  Memory memory(room<float>(SEGMENT) + s.threads * (segments * each + own));
+  if (!memory) return 1;
+  const float* nothing = memory.zeros<float>(SEGMENT);
+  char* all = memory.zeros<char>(s.threads * segments * each);
+  auto sums_of = [&](int64_t segment, int64_t thread) {
+    return Sums(s, {all + (thread * segments + segment) * each});
+  };
+  for_parts(s, nothing, [&](const Part& p, int64_t me) {
+    Scratch w(s, {memory.next + me * own});
+    Sums sums = sums_of(p.first / SEGMENT, me);
+    s.width == 4 ? backward_part<4>(p, w, sums) : backward_part<0>(p, w, sums);
   });
   for (int64_t c = 0; c < s.channels; c++)
     for (int64_t k = 0; k <= s.width; k++) {
-      const float* from = sums.data + c / SEGMENT * size + k * SEGMENT + c % SEGMENT;
-      float sum = 0.0f;
-      for (int64_t i = 0; i < s.threads; i++) sum += from[i * stride];
+      double sum = 0.0;
+      for (int64_t i = 0; i < s.threads; i++) {
+        Sums sums = sums_of(c / SEGMENT, i);
+        int64_t at = k * SEGMENT + c % SEGMENT;
+        sum += sums.total[at] + double(sums.recent[at]);
+      }
       if (k < s.width)
-        s.dweight[c * s.width + k] = sum;
+        s.dweight[c * s.width + k] = float(sum);
       else if (s.dbias)
-        s.dbias[c] = sum;
+        s.dbias[c] = float(sum);
     }
   return 0;
 }
