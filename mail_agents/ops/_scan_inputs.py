@@ -73,3 +73,17 @@ class ScanInputs(NamedTuple):
             )
         if self.reset is not None and self.reset.dtype != torch.bool:
             raise InvalidInputError(f"selective_scan: reset must be bool, got {self.reset.dtype}.")
+
+
+class Forward(NamedTuple):
+    """Results of the op without autograd.
+
+    Attributes:
+        out: (B, L, D).
+        ungated: The same before the gate, (B, L, D); None without a gate or a backward pass.
+        last: State after the last step, (B, N, D), if it is wanted.
+    """
+
+    out: Tensor
+    ungated: Tensor | None
+    last: Tensor | None

@@ -7,28 +7,26 @@ before every chunk of time are kept; the backward pass computes the rest again.
 
 import ctypes
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mail_agents.ops._native import load, refuse_native, threads
-from mail_agents.ops._scan_inputs import ScanInputs
+from mail_agents.ops._native import refuse_native, threads
+from mail_agents.ops._native_call import (
+    Sequence,
+    address,
+    call,
+    cotangent,
+    library,
+    rows,
+    sequence,
+)
+from mail_agents.ops._scan_inputs import Forward, ScanInputs
 
-_MAX_STATE = 256
 #: Steps between kept states, as in the kernel.
 CHUNK = 32
-
-
-class _Sequence(ctypes.Structure):
-    """A (B, L, channels) tensor with contiguous channels, or null."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("time_stride", ctypes.c_int64),
-    )
 
 
 class _State(ctypes.Structure):
@@ -47,11 +45,11 @@ class _Scan(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("batch", "length", "channels", "states", "softplus")),
-        *((n, _Sequence) for n in ("u", "delta", "z", "B", "C")),
+        *((n, Sequence) for n in ("u", "delta", "z", "B", "C")),
         *((n, ctypes.c_void_p) for n in ("A", "D", "bias")),
         ("h0", _State),
         *((n, ctypes.c_void_p) for n in ("reset", "out", "ungated", "last", "kept")),
-        ("dout", _Sequence),
+        ("dout", Sequence),
         ("dlast", _State),
         ("parts", ctypes.c_int64),
         *((n, ctypes.c_void_p) for n in ("du", "ddelta", "dz", "dA", "dB", "dC", "dD", "dbias")),
@@ -60,24 +58,8 @@ class _Scan(ctypes.Structure):
     )
 
 
-class Forward(NamedTuple):
-    """Results of :func:`scan_forward`.
-
-    Attributes:
-        out: (B, L, D).
-        ungated: The same before the gate, (B, L, D); None without a gate or a backward pass.
-        last: State after the last step, (B, N, D), if it is wanted.
-    """
-
-    out: Tensor
-    ungated: Tensor | None
-    last: Tensor | None
-
-
 def refuse(inputs: ScanInputs) -> str | None:
     """Returns why the kernel cannot run these inputs, or None; builds the kernels if needed."""
-    if inputs.A.shape[1] > _MAX_STATE:
-        return f"the kernel takes a state size up to {_MAX_STATE}, got {inputs.A.shape[1]}"
     return refuse_native(*inputs.tensors())
 
 
@@ -95,15 +77,15 @@ def run(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
 def prepare(inputs: ScanInputs) -> ScanInputs:
     """Float32 with contiguous channels, which is what the kernel reads."""
 
-    def sequence(x: Any) -> Any:
-        return None if x is None else _rows(x.float())
+    def strided(x: Any) -> Any:
+        return None if x is None else rows(x.float())
 
     def dense(x: Any) -> Any:
         return None if x is None else x.float().contiguous()
 
     return ScanInputs(
-        *(sequence(inputs.u), sequence(inputs.delta), dense(inputs.A)),
-        *(sequence(inputs.B), sequence(inputs.C), dense(inputs.D), sequence(inputs.z)),
+        *(strided(inputs.u), strided(inputs.delta), dense(inputs.A)),
+        *(strided(inputs.B), strided(inputs.C), dense(inputs.D), strided(inputs.z)),
         *(dense(inputs.delta_bias), inputs.delta_softplus),
         None if inputs.h0 is None else inputs.h0.float(),
         None if inputs.reset is None else inputs.reset.contiguous(),
@@ -129,9 +111,9 @@ def scan_forward(inputs: ScanInputs, kept: Tensor | None = None) -> Forward:
     ungated = None if kept is None or inputs.z is None else torch.empty_like(out)
     last = u.new_empty(len(u), n, u.shape[2]) if inputs.return_state else None
     args = _arguments(inputs)
-    args.out, args.ungated = _pointer(out), _pointer(ungated)
-    args.last, args.kept = _pointer(last), _pointer(kept)
-    _call("mail_scan_forward", args)
+    args.out, args.ungated = address(out), address(ungated)
+    args.last, args.kept = address(last), address(kept)
+    call("selective_scan", "mail_scan_forward", args)
     return Forward(out, ungated, last)
 
 
@@ -148,7 +130,7 @@ def scan_backward(
     """
     u, A = inputs.u, inputs.A
     (batch, length, d), n = u.shape, A.shape[1]
-    blocks = math.ceil(d / _library().mail_scan_width())
+    blocks = math.ceil(d / library().mail_scan_width())
     # Channels are split as well where there are too few sequences to keep all threads busy.
     team = threads()
     parts = 1 if team == 1 else max(1, min(blocks, math.ceil(2 * team / max(1, batch))))
@@ -158,16 +140,17 @@ def scan_backward(
     dD, dbias = (None if x is None else x.new_empty(d) for x in (inputs.D, inputs.delta_bias))
     dz = None if inputs.z is None else torch.empty_like(du)
     dh0 = None if inputs.h0 is None else u.new_empty(batch, n, d)
-    dout = None if dout is None else _rows(dout.resolve_neg())
+    dout = None if dout is None else rows(cotangent("selective_scan", dout))
     args = _arguments(inputs)
-    args.ungated, args.kept, args.parts = _pointer(ungated), _pointer(kept), parts
-    args.dout = _sequence_of(dout)
+    args.ungated, args.kept, args.parts = address(ungated), address(kept), parts
+    args.dout = sequence(dout)
     if dlast is not None:
-        args.dlast = _state_of(dlast.resolve_neg().transpose(1, 2))
-    args.du, args.ddelta, args.dz = _pointer(du), _pointer(ddelta), _pointer(dz)
-    args.dA, args.dB, args.dC = _pointer(dA), _pointer(dB), _pointer(dC)
-    args.dD, args.dbias, args.dh0 = _pointer(dD), _pointer(dbias), _pointer(dh0)
-    _call("mail_scan_backward", args)
+        dlast = cotangent("selective_scan", dlast)
+        args.dlast = _state_of(dlast.transpose(1, 2))
+    args.du, args.ddelta, args.dz = address(du), address(ddelta), address(dz)
+    args.dA, args.dB, args.dC = address(dA), address(dB), address(dC)
+    args.dD, args.dbias, args.dh0 = address(dD), address(dbias), address(dh0)
+    call("selective_scan", "mail_scan_backward", args)
     dB, dC = (x[0] if parts == 1 else x.sum(0) for x in (dB, dC))
     dh0 = None if dh0 is None else dh0.transpose(1, 2)
     return du, ddelta, dA.t(), dB, dC, dD, dz, dbias, None, dh0, None, None
@@ -196,40 +179,16 @@ class _NativeScan(torch.autograd.Function):
         return scan_backward(inputs, ungated, kept, dout, dlast)
 
 
-def _library() -> Any:
-    library = load().library
-    assert library is not None  # refuse() said so
-    return library
-
-
-def _call(name: str, args: _Scan) -> None:
-    if getattr(_library(), name)(ctypes.byref(args)):
-        raise MemoryError("selective_scan: no memory for the scratch space of the native kernel")
-
-
 def _arguments(inputs: ScanInputs) -> _Scan:
     batch, length, d = inputs.u.shape
     return _Scan(
         *(batch, length, d, inputs.A.shape[1], inputs.delta_softplus),
-        *map(_sequence_of, (inputs.u, inputs.delta, inputs.z, inputs.B, inputs.C)),
-        *map(_pointer, (inputs.A, inputs.D, inputs.delta_bias)),
-        *(_state_of(inputs.h0), _pointer(inputs.reset)),
+        *map(sequence, (inputs.u, inputs.delta, inputs.z, inputs.B, inputs.C)),
+        *map(address, (inputs.A, inputs.D, inputs.delta_bias)),
+        *(_state_of(inputs.h0), address(inputs.reset)),
         threads=threads(),
     )
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _sequence_of(x: Tensor | None) -> _Sequence:
-    return _Sequence() if x is None else _Sequence(x.data_ptr(), x.stride(0), x.stride(1))
-
-
 def _state_of(x: Tensor | None) -> _State:
     return _State() if x is None else _State(x.data_ptr(), *x.stride())
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The same values with contiguous channels."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()

@@ -6,31 +6,17 @@ the inputs only ungated outputs and a few states are kept for the backward pass,
 each tile.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mail_agents.ops._scan_inputs import ScanInputs
+from mail_agents.ops._scan_inputs import Forward, ScanInputs
 from mail_agents.ops._scan_tiles import Rows, Workspace, plan_tiles
 
 #: softplus is the identity above this, as in ``torch.nn.functional.softplus``.
 _THRESHOLD = 20
-
-
-class Forward(NamedTuple):
-    """Results of :func:`scan_forward`.
-
-    Attributes:
-        out: (B, L, D).
-        ungated: The same before the gate, (B, L, D); None without a gate.
-        last: State after the last step, (B, N, D), if it is wanted.
-    """
-
-    out: Tensor
-    ungated: Tensor | None
-    last: Tensor | None
 
 
 class SelectiveScan(torch.autograd.Function):

@@ -8,15 +8,17 @@ Selective State Spaces"), with the simplified Euler discretisation of B that the
     h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t          (zero before the first step, or h0)
     y_t  = (C_t . h_t + D u_t) * silu(z_t)
 
-All arithmetic is float32 (float64 when an input is float64), whatever the dtype of the inputs.
+A NaN or an infinity reaches the output of its step and later ones of its sequence; on CPU no
+backend carries it to earlier ones, and none to other sequences. What a reset drops has to be
+finite: ``native`` drops a NaN as well, the others keep it. All arithmetic is float32 (float64 when
+an input is float64), whatever the dtype of the inputs.
 
 ==============  ==========================================  =====================================
 backend         runs                                        gradients
 ==============  ==========================================  =====================================
 ``cuda``        CUDA tensors, float32 / float16 / bfloat16  first order; no h0, reset or gradient
                 with the official extension                 through the last state
-``native``      CPU, not float64, N up to 256; compiled     first order
-                on first use
+``native``      CPU, not float64; compiled on first use     first order
 ``numba``       CPU, not float64; where ``native`` cannot   first order
                 be compiled and numba is installed
 ``torch``       everywhere                                  first order

@@ -5,25 +5,13 @@
 // inputs and outputs stay in the first cache; inside a block the loop over the states n is outside
 // of the loop over time, so that state, decay rate and the cotangents of both stay in registers.
 // Backward recomputes decays and states of one chunk from the state kept at its start.
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "memory.h"
 #include "simd.h"
 
+using namespace mail;
 using namespace simd;
 
 extern "C" {
-
-/// A (batch, time, channel) tensor; the last stride is 1.
-struct Sequence {
-  const float* data;
-  int64_t batch_stride, time_stride;
-};
 
 /// A (batch, channel, state) tensor.
 struct State {
@@ -59,19 +47,6 @@ constexpr float LN2 = 0.693147180559945309f;
 int64_t blocks_of(int64_t channels) { return (channels + LANES - 1) / LANES; }
 int64_t chunks_of(const Scan& s) { return (s.length + CHUNK - 1) / CHUNK; }
 
-/// Zeroed memory that frees itself; null when there is none.
-struct Buffer {
-  float* data;
-  explicit Buffer(int64_t size) {
-    size_t bytes = (size_t(size < 1 ? 1 : size) * sizeof(float) + 63) / 64 * 64;
-    data = static_cast<float*>(aligned_alloc(64, bytes));
-    if (data) memset(data, 0, bytes);
-  }
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
 /// A long sum with what rounding took from it (Kahan 1965); dozens of thousands of steps add up.
 struct Total {
   float *sum, *excess;
@@ -85,10 +60,6 @@ struct Total {
 
 /// One value per step of a chunk.
 typedef vf Column[CHUNK];
-
-const float* at(const Sequence& x, int64_t b, int64_t t) {
-  return x.data + b * x.batch_stride + t * x.time_stride;
-}
 
 /// One block of channels of one sequence.
 struct Block {
@@ -107,7 +78,7 @@ struct Block {
     __builtin_prefetch(row + first + 2 * LANES);
     return load_part(row + first, valid);
   }
-  vf get(const Sequence& x, int64_t t) const { return get(at(x, b, t)); }
+  vf get(const Sequence& x, int64_t t) const { return get(x.at(b, t)); }
   void put(float* row, vf x) const {
     __builtin_prefetch(row + first + 2 * LANES, 1);
     store_part(row + first, x, valid);
@@ -150,7 +121,7 @@ void advance(const Block& k, const Steps& steps, int64_t n, const float* rates, 
     h[g] = load(state + (n + g) * LANES);
     rate[g] = load(rates + (n + g) * LANES);
   }
-  const float *B = at(k.s.B, k.b, steps.start) + n, *C = at(k.s.C, k.b, steps.start) + n;
+  const float *B = k.s.B.at(k.b, steps.start) + n, *C = k.s.C.at(k.b, steps.start) + n;
   for (int64_t i = 0; i < steps.count; i++, B += k.s.B.time_stride, C += k.s.C.time_stride) {
     vf decay[GROUP];
     for (int g = 0; g < GROUP; g++) {
@@ -205,10 +176,12 @@ void start_state(const Block& k, int64_t chunk, float* to) {
 }
 
 /// Decay rates in units of log2, (blocks, states, LANES).
-void scale_rates(const Scan& s, float* rates) {
+float* scaled_rates(const Scan& s, Memory& memory) {
+  float* rates = memory.zeros<float>(blocks_of(s.channels) * s.states * LANES);
   for (int64_t c = 0; c < s.channels; c++)
     for (int64_t n = 0; n < s.states; n++)
       rates[(c / LANES * s.states + n) * LANES + c % LANES] = s.A[c * s.states + n] * LOG2E;
+  return rates;
 }
 
 void forward_block(const Block& k, const float* rates, float* state) {
@@ -251,7 +224,7 @@ struct Cotangents {
 template <int GROUP>
 void retreat(const Block& k, const Steps& steps, int64_t n, const float* rates, const Scratch& w,
              Cotangents& d, Trace& trace) {
-  int64_t block = (k.first / LANES * k.s.states + n) * LANES;
+  int64_t block = k.first * k.s.states + n * LANES;
   vf first[GROUP], carry[GROUP], rate[GROUP], sum[GROUP];
   for (int g = 0; g < GROUP; g++) {
     first[g] = load(w.state + (n + g) * LANES);
@@ -261,7 +234,7 @@ void retreat(const Block& k, const Steps& steps, int64_t n, const float* rates, 
   }
   advance<GROUP, false>(k, steps, n, rates, w.state, nullptr, &trace);
   for (int64_t i = steps.count - 1; i >= 0; i--) {
-    const float *B = at(k.s.B, k.b, steps.start + i) + n, *C = at(k.s.C, k.b, steps.start + i) + n;
+    const float *B = k.s.B.at(k.b, steps.start + i) + n, *C = k.s.C.at(k.b, steps.start + i) + n;
     vf dx = {}, ddt = {};
     for (int g = 0; g < GROUP; g++) {
       float *dB = w.dB + ((n + g) * CHUNK + i) * LANES, *dC = w.dC + ((n + g) * CHUNK + i) * LANES;
@@ -335,7 +308,8 @@ void backward_rows(const Scan& s, int64_t b, int64_t part, int64_t first, int64_
   for (int64_t chunk = chunks_of(s) - 1; chunk >= 0; chunk--) {
     memset(w.dB, 0, sizeof(float) * CHUNK * size);
     memset(w.dC, 0, sizeof(float) * CHUNK * size);
-    for (int64_t j = first; j < last; j++) backward_block(Block(s, b, j), chunk, rates + j * size, w);
+    for (int64_t j = first; j < last; j++)
+      backward_block(Block(s, b, j), chunk, rates + j * size, w);
     int64_t row = ((part * s.batch + b) * s.length + chunk * CHUNK) * s.states;
     for (int64_t i = 0; i < CHUNK && chunk * CHUNK + i < s.length; i++)
       for (int64_t n = 0; n < s.states; n++) {
@@ -345,22 +319,6 @@ void backward_rows(const Scan& s, int64_t b, int64_t part, int64_t first, int64_
   }
   if (s.dh0)
     for (int64_t j = first; j < last; j++) give_state(Block(s, b, j), w.carry + j * size, s.dh0);
-}
-
-int64_t thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-int64_t team_size() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
 }
 
 }  // namespace
@@ -376,18 +334,15 @@ int64_t mail_scan_chunk(void) { return CHUNK; }
 /// Fills out, ungated, last and kept where they are not null. Returns 0, or 1 without memory.
 int mail_scan_forward(const Scan* args) {
   const Scan& s = *args;
-  int64_t blocks = blocks_of(s.channels), size = s.states * LANES, items = s.batch * blocks;
-  Buffer rates(blocks * size), states(s.threads * size);
-  if (!rates.data || !states.data) return 1;
-  scale_rates(s, rates.data);
-#pragma omp parallel num_threads(s.threads) if (s.threads > 1)
-  {
-    int64_t me = thread_index(), team = team_size();
-    for (int64_t i = items * me / team; i < items * (me + 1) / team; i++) {
-      int64_t block = i % blocks;
-      forward_block(Block(s, i / blocks, block), rates.data + block * size, states.data + me * size);
-    }
-  }
+  int64_t blocks = blocks_of(s.channels), size = s.states * LANES;
+  Memory memory(room<float>(blocks * size) + room<float>(s.threads * size));
+  if (!memory) return 1;
+  float* rates = scaled_rates(s, memory);
+  float* states = memory.take<float>(s.threads * size);
+  for_all(s.batch * blocks, s.threads, [&](int64_t i, int64_t me) {
+    int64_t block = i % blocks;
+    forward_block(Block(s, i / blocks, block), rates + block * size, states + me * size);
+  });
   return 0;
 }
 
@@ -397,36 +352,35 @@ int mail_scan_backward(const Scan* args) {
   int64_t blocks = blocks_of(s.channels), size = s.states * LANES, lanes = CHUNK * size;
   int64_t padded = blocks * LANES, count = blocks * size + 2 * padded;
   int64_t own = size + blocks * size + 2 * lanes;
-  Buffer rates(blocks * size), totals(s.threads * 2 * count), scratch(s.threads * own);
-  if (!rates.data || !totals.data || !scratch.data) return 1;
-  scale_rates(s, rates.data);
-#pragma omp parallel num_threads(s.threads) if (s.threads > 1)
-  {
-    int64_t me = thread_index(), team = team_size(), items = s.batch * s.parts;
-    float *p = scratch.data + me * own, *lane = p + size + blocks * size;
-    float *A = totals.data + me * 2 * count, *D = A + blocks * size, *bias = D + padded;
+  Memory memory(room<float>(blocks * size) + room<float>(s.threads * 2 * count) +
+                room<float>(s.threads * own));
+  if (!memory) return 1;
+  float* rates = scaled_rates(s, memory);
+  float* totals = memory.zeros<float>(s.threads * 2 * count);
+  float* scratch = memory.take<float>(s.threads * own);
+  for_all(s.batch * s.parts, s.threads, [&](int64_t i, int64_t me) {
+    float *p = scratch + me * own, *lane = p + size + blocks * size;
+    float *A = totals + me * 2 * count, *D = A + blocks * size, *bias = D + padded;
     Scratch w = {p, p + size, lane, lane + lanes, {A, A + count}, {D, D + count},
                  {bias, bias + count}};
-    for (int64_t i = items * me / team; i < items * (me + 1) / team; i++) {
-      int64_t part = i % s.parts;
-      backward_rows(s, i / s.parts, part, blocks * part / s.parts, blocks * (part + 1) / s.parts,
-                    rates.data, w);
-    }
-  }
+    int64_t part = i % s.parts;
+    backward_rows(s, i / s.parts, part, blocks * part / s.parts, blocks * (part + 1) / s.parts,
+                  rates, w);
+  });
   // Now that it is done, the first sums take the totals of all threads.
-  const float *D = totals.data + blocks * size, *bias = D + padded;
   for (int64_t i = 0; i < count; i++) {
     double sum = 0.0;
     for (int64_t j = 0; j < s.threads; j++) {
-      const float* from = totals.data + j * 2 * count + i;
+      const float* from = totals + j * 2 * count + i;
       sum += double(from[0]) - double(from[count]);
     }
-    totals.data[i] = float(sum);
+    totals[i] = float(sum);
   }
   for (int64_t n = 0; n < s.states; n++)
     for (int64_t j = 0; j < blocks; j++)
-      store_part(s.dA + n * s.channels + j * LANES, load(totals.data + (j * s.states + n) * LANES),
+      store_part(s.dA + n * s.channels + j * LANES, load(totals + (j * s.states + n) * LANES),
                  s.channels - j * LANES);
+  const float *D = totals + blocks * size, *bias = D + padded;
   if (s.dD) memcpy(s.dD, D, sizeof(float) * s.channels);
   if (s.dbias) memcpy(s.dbias, bias, sizeof(float) * s.channels);
   return 0;

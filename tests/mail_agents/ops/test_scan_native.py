@@ -102,19 +102,19 @@ def test_neighbours_in_memory_are_not_read():
     assert all(torch.equal(found[k], wanted[k]) for k in wanted)
 
 
-@pytest.mark.parametrize(("B", "L", "D", "N"), [(4, 6, 64, 16), (8, 60, 64, 16), (2, 150, 32, 64)])
+@pytest.mark.parametrize(("B", "L", "D", "N"), [(32, 6, 64, 16), (8, 60, 64, 16), (2, 150, 32, 64)])
 def test_errors_are_no_larger_than_those_of_the_float32_reference(B, L, D, N):
     errors = {"native": {}, "reference": {}}
-    for seed in range(3):
+    for seed in range(6):
         inputs = make(B, L, D, N, seed)
         wanted = gradients({k: v.double() for k, v in inputs.items()}, "reference")
         for backend, sums in errors.items():
             for name, value in gradients(inputs, backend).items():
-                error = (value.double() - wanted[name]).square().mean().sqrt()
+                error = (value.double() - wanted[name]).abs().mean()
                 sums[name] = sums.get(name, 0) + float(error)
     for name, error in errors["native"].items():
-        # Root mean squares of few numbers scatter by some ten percent.
-        assert error <= 1.35 * errors["reference"][name], name
+        # 0.6 to 1.0, and 1.04 through products of decays (h0), plus what these seeds happen to be.
+        assert error <= 1.1 * errors["reference"][name], name
 
 
 def test_states_are_kept_only_for_gradients():
@@ -144,12 +144,14 @@ def test_second_derivatives_are_refused():
         first.sum().backward()
 
 
+def test_states_may_be_large():
+    inputs = make(2, 5, 3, 300)
+    wanted = gradients({k: v.double() for k, v in inputs.items()}, "reference")
+    assert_near(gradients(inputs, "native"), wanted, 1e-5)
+
+
 def test_limits_are_named():
-    wide = make(1, 2, 3, 257)
-    with pytest.raises(InvalidInputError, match="state size up to 256"):
-        selective_scan(**wide, backend="native")
     double = make(1, 2, 3, 2, dtype=torch.float64)
     with pytest.raises(InvalidInputError, match="float64"):
         selective_scan(**double, backend="native")
-    selective_scan(**wide)
     selective_scan(**double)
