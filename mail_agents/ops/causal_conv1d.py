@@ -6,7 +6,8 @@ section 3.4), the arithmetic of ``nn.Conv1d(groups=D, padding=W-1)`` cut to the 
 
 Backends: ``cuda`` (official ``causal_conv1d`` package), ``native`` (CPU, not float64, compiled on
 first use; computes in float32), ``torch`` (one shifted multiply-add per tap, no transposed copies)
-and ``reference`` (``F.conv1d``). Gradients are of first order, those of ``reference`` of any.
+and ``reference`` (``F.conv1d``). Gradients are of first order, those of ``reference`` of any. The
+name ``numba``, by which other ops have a backend, means ``torch`` here.
 """
 
 from typing import Any, Literal, NamedTuple

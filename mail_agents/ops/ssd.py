@@ -24,6 +24,8 @@ backend         runs                                        gradients
 ``torch``       everywhere                                  first order
 ``reference``   everywhere, slow, readable                  any order, forward mode, torch.func
 ==============  ==========================================  =====================================
+
+The name ``numba``, by which other ops have a backend, means ``torch`` here.
 """
 
 from typing import Any
