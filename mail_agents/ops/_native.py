@@ -42,6 +42,7 @@ _TIMEOUT_S = 120.0
 #: Build folders older than this were left by processes that were killed, seconds.
 _STALE_S = 3600.0
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 #: No -ffast-math: kernels rely on rounding, and NaN and infinity have to propagate.
@@ -111,19 +112,22 @@ def refuse_memory(*tensors: Tensor | None) -> str | None:
     """Returns why code that works on the memory of CPU tensors in float32 cannot run, or None."""
     from mail_agents.ops.backends import refuse_torch_func  # it imports this module
 
-    present = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.device.type != "cpu" for tensor in present):
-        return "its kernels need tensors on the CPU"
-    if any(tensor.dtype == torch.float64 for tensor in present):
-        return "its kernels compute in float32, an input is float64"
-    if recorded():
-        return "the call is being traced or recorded"
-    other = next((type(x) for x in present if type(x) not in (Tensor, torch.nn.Parameter)), None)
-    if other is not None:  # for example one without memory, which stands for another
-        return f"an input is a {other.__name__}, not a plain tensor"
-    if any(map(Tensor.is_neg, present)):
+    for x in tensors:
+        # Every call of an op looks at all of its tensors: first what tells apart at once.
+        if x is None or (
+            type(x) in _PLAIN and x.is_cpu and x.dtype is not torch.float64 and not x.is_neg()
+        ):
+            continue
+        if not x.is_cpu:
+            return "its kernels need tensors on the CPU"
+        if x.dtype == torch.float64:
+            return "its kernels compute in float32, an input is float64"
+        if recorded():
+            break
+        if type(x) not in _PLAIN:  # for example one without memory, which stands for another
+            return f"an input is a {type(x).__name__}, not a plain tensor"
         return "an input is a view that negates its memory"
-    return refuse_torch_func()
+    return "the call is being traced or recorded" if recorded() else refuse_torch_func()
 
 
 def recorded() -> bool:
