@@ -169,8 +169,10 @@ def cache_directory(name: str) -> Path:
         found = parent.stat()
         if found.st_uid not in (0, os.geteuid()):
             raise PermissionError(f"{parent}, which holds {folder}, belongs to another user")
-        # In sticky folders such as /tmp, only owners rename and remove.
-        if found.st_mode & _OTHERS_WRITE and not found.st_mode & stat.S_ISVTX:
+        # Many systems give every user a group of its own, and folders that it can write to. In
+        # sticky folders such as /tmp, only owners rename and remove.
+        others = stat.S_IWOTH if found.st_gid == os.getegid() else _OTHERS_WRITE
+        if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
             raise PermissionError(
                 f"others can write to {parent}, which holds {folder} (chmod go-w {parent})"
             )

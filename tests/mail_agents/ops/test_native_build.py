@@ -222,10 +222,15 @@ def test_nothing_is_loaded_from_where_others_can_write(compiler, small, monkeypa
     small[1].chmod(0o777)
     assert "others can write to it" in again().failure
     small[1].chmod(0o700)
-    for mode in (0o777, 0o775, 0o720):
+    own = os.stat(small[1].parent).st_gid
+    for mode, group in ((0o777, own), (0o775, own + 1), (0o720, own + 1)):
         small[1].parent.chmod(mode)
+        monkeypatch.setattr(_native.os, "getegid", lambda group=group: group)
         assert f"others can write to {small[1].parent}" in again().failure
         assert f"chmod go-w {small[1].parent}" in _native.load().failure
+    monkeypatch.setattr(_native.os, "getegid", lambda: own)
+    small[1].parent.chmod(0o775)  # a group of the user's own
+    assert again().failure == ""
     small[1].parent.chmod(0o1777)  # as /tmp: only owners rename
     assert again().failure == ""
     monkeypatch.setattr(_native.os, "geteuid", lambda: 12345)
