@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from mail_agents.ops._layer_native import LayerStack, LayerWeights, State
-from mail_agents.ops._native import load
+from mail_agents.ops._native import load, recorded
 from mail_agents.ops.backends import Candidate, note_backend, refuse_torch_func, requested_backend
 
 #: Norm in front (absent in a mixer on its own) and mixer of every layer, and the norm after them.
@@ -74,7 +73,7 @@ class FusedLayers:
         Raises:
             UnknownNameError: There is no backend of the name that was asked for.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _plain(x):
+        if torch.is_grad_enabled() or not _plain(x):
             return None
         if not x.numel() or (aggregate is not None and not _plain(aggregate)) or _watched():
             return None
@@ -107,10 +106,8 @@ def _plain(x: Tensor) -> bool:
 def _watched() -> bool:
     """Whether something looks at single operations, or gives them another meaning."""
     return bool(
-        torch.is_autocast_enabled("cpu")
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
+        recorded()
+        or torch.is_autocast_enabled("cpu")
         or refuse_torch_func()
         or nn.modules.module._has_any_global_hook()
     )
