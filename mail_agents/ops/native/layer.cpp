@@ -11,10 +11,7 @@
 #include <cmath>
 
 #include "gemm.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "memory.h"
 
 using namespace simd;
 
@@ -402,15 +399,11 @@ void mamba_layers(const int64_t* sizes, const void* layers, const void* states,
             ssms,
             eps};
   int64_t rows = call.s.rows(threads), blocks = (call.s.batch + rows - 1) / rows;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && blocks > 1) schedule(static)
-  for (int64_t i = 0; i < blocks; i++) {
-    int64_t row = i * rows, left = call.s.batch - row, thread = 0;
-#if defined(_OPENMP)
-    thread = omp_get_thread_num();
-#endif
-    Scratch m(call.s, threads, scratch);
-    Scratch mine(call.s, threads, scratch + thread * m.floats);
+  mail::for_all(blocks, blocks > 1 ? threads : 1, [&](int64_t i, int64_t thread) {
+    int64_t row = i * rows, left = call.s.batch - row;
+    Scratch first(call.s, threads, scratch);
+    Scratch mine(call.s, threads, scratch + thread * first.floats);
     run_rows(call, mine, row, left < rows ? left : rows);
-  }
+  });
 }
 }
