@@ -179,7 +179,7 @@ class Graphs:
             _warm_up(run, device)
             try:
                 replay, output = self._record(run)
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 raise InvalidInputError(
