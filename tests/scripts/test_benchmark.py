@@ -35,7 +35,7 @@ HEADERS = {
     "block mamba": ("mamba", "native", "torch", block.MAMBAPY, block.SLOW, block.LINEAR),
     "block mamba2": ("mamba2", "auto", "torch", block.SLOW, block.SMALL_CHUNK, block.LINEAR),
     "train step": train.HEADER,
-    "plan": ("plans at a time", plan.PLAIN, "native", "torch", plan.COMPILED, plan.ACT, plan.TWIN),
+    "plan": ("plans at a time", plan.PLAIN, "native", "torch", plan.ACT, plan.TWIN),
     "stream step": stream.HEADER,
     "stream context": stream.CONTEXT_HEADER,
     "loader": loader.HEADER,

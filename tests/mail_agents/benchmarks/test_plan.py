@@ -1,7 +1,6 @@
 """Plans: the plain loop and ours agree, and the bars compare them."""
 
 import pytest
-import torch
 
 from mail_agents.benchmarks import plan
 from mail_agents.benchmarks.arguments import Plan
