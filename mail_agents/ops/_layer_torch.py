@@ -7,6 +7,7 @@ convolution in one operation, which keeps sums of what past inputs will add inst
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,8 @@ class TorchStream:
             x = layer.step(x)
             if aggregate is not None:
                 x.add_(aggregate)
-        if self._last_norm[0] is None:
-            return x
-        return torch.layer_norm(x, x.shape[1:], *self._last_norm, self._eps)
+        weight, bias = self._last_norm
+        return x if weight is None else torch.layer_norm(x, x.shape[1:], weight, bias, self._eps)
 
     def reset(self, rows: Tensor) -> None:
         """Starts the rows anew at which ``rows`` (B,) bool is True."""
@@ -43,7 +43,7 @@ class TorchStream:
             layer.reset(rows)
 
 
-def _views(parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _views(parameters: Sequence[Tensor | None]) -> list[Any]:
     """The same memory, also where a parameter is given other memory later."""
     return [None if p is None else p.detach() for p in parameters]
 

@@ -37,6 +37,9 @@ _P0, _P1, _P2, _P3, _P4 = (
     np.float32(c) for c in (0.693147004, 0.240222424, 0.0555073358, 0.00967151299, 0.00132647285)
 )
 #: log(1 + w) = 2 s Q(s^2) with s = w / (2 + w), for w in [0, 1]: relative minimax.
+# Its attributes are made at run time.
+_config: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
+
 _Q0, _Q1, _Q2, _Q3, _Q4 = (
     np.float32(c) for c in (1.0, 0.333331585, 0.200124547, 0.139803007, 0.140891686)
 )
@@ -44,8 +47,8 @@ _Q0, _Q1, _Q2, _Q3, _Q4 = (
 
 def _cache_folder() -> str | None:
     """Where numba keeps what it compiled: in the user's cache and not next to this file."""
-    if numba.config.CACHE_DIR:  # NUMBA_CACHE_DIR
-        return numba.config.CACHE_DIR
+    if _config.CACHE_DIR:  # NUMBA_CACHE_DIR
+        return _config.CACHE_DIR
     try:
         folder = cache_directory("numba")
     except (OSError, RuntimeError) as error:
@@ -64,8 +67,8 @@ def _jit(cache: bool = False, fastmath: frozenset[str] = frozenset({"contract"})
     """Decorator; "contract" makes one instruction of a * b + c, NaN and infinity keep a meaning."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = _CACHE or before  # read when a function is declared
+        before = _config.CACHE_DIR
+        _config.CACHE_DIR = _CACHE or before  # read when a function is declared
         try:
             return numba.njit(
                 nogil=True,
@@ -74,7 +77,7 @@ def _jit(cache: bool = False, fastmath: frozenset[str] = frozenset({"contract"})
                 cache=cache and _CACHE is not None,
             )(function)
         finally:
-            numba.config.CACHE_DIR = before
+            _config.CACHE_DIR = before
 
     return decorate
 

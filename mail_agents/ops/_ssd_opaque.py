@@ -55,10 +55,11 @@ def _ssd(
     inputs = Inputs(x, dt, A, B, C, D, h0, reset, exact_zero, want_state)
     refusal = functools.partial(_refuse_native, inputs)
     if chosen("ssd", backend, refusal, numba=False) == "native":
-        _, last, *kept = _results(inputs)
-        return _ssd_native.forward(inputs)[0], last, *kept, torch.tensor(1)
-    y, last, kept = ssd_forward(inputs)
-    return y, y.new_empty(0) if last is None else last, *kept, torch.tensor(0)
+        _, last, whole, up, states = _results(inputs)
+        return _ssd_native.forward(inputs)[0], last, whole, up, states, torch.tensor(1)
+    y, last, (whole, up, states) = ssd_forward(inputs)
+    last = y.new_empty(0) if last is None else last
+    return y, last, whole, up, states, torch.tensor(0)
 
 
 def _results(inputs: Inputs) -> list[Tensor]:
@@ -106,8 +107,8 @@ def _like(*tensors: Tensor | None) -> list[Tensor]:
 @_ssd.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(*arguments[:-1])
-    y, last, *kept = _results(inputs)
-    return y, last, *kept, inputs.x.new_empty((), dtype=torch.int64)
+    y, last, whole, up, states = _results(inputs)
+    return y, last, whole, up, states, inputs.x.new_empty((), dtype=torch.int64)
 
 
 @_gradients.register_fake
