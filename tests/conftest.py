@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,10 +29,26 @@ THIRD_PARTY = REPOSITORY / "tests" / "third_party"
 sys.path.append(str(THIRD_PARTY))
 
 
+#: Where compiled kernels are kept: they are built once, and not in the user's cache. It is set
+#: before tests are collected, as some ask then whether there are kernels; workers inherit it.
+_KERNELS = "TESTS_KERNEL_CACHE"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _KERNELS not in os.environ:
+        folder = tempfile.mkdtemp(prefix="kernels-")
+        os.environ[_KERNELS] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(_KERNELS, None))
+    os.environ["XDG_CACHE_HOME"] = os.environ[_KERNELS]
+
+
 @pytest.fixture(scope="session")
-def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled kernels are kept, for every test: they are built once, not per process."""
-    return tmp_path_factory.mktemp("kernels")
+def kernel_cache() -> Path:
+    """What stands for ``mail-agents`` in the user's cache."""
+    folder = Path(os.environ[_KERNELS]) / "mail-agents"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(autouse=True)
