@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mail_agents.ops._native import refuse_native, threads
 from mail_agents.ops._native_call import (
@@ -63,17 +62,6 @@ def refuse(inputs: ScanInputs) -> str | None:
     return refuse_native(*inputs.tensors())
 
 
-def run(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
-    """Runs the kernel on inputs that :func:`refuse` accepts."""
-    ready = prepare(inputs)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors()):
-        y, last = _NativeScan.apply(*ready)  # type: ignore[misc]
-    else:
-        found = scan_forward(ready)
-        y, last = found.out, found.last
-    return y.to(inputs.u.dtype), None if last is None else last.transpose(1, 2)
-
-
 def prepare(inputs: ScanInputs) -> ScanInputs:
     """Float32 with contiguous channels, which is what the kernel reads."""
 
@@ -98,13 +86,18 @@ def kept_states(length: int) -> int:
     return max(0, (length - 1) // CHUNK)
 
 
-def scan_forward(inputs: ScanInputs, kept: Tensor | None = None) -> Forward:
+def new_kept(inputs: ScanInputs) -> Tensor:
+    """Memory for these states, (:func:`kept_states`, B, N, D)."""
+    batch, length, d = inputs.u.shape
+    return inputs.u.new_empty(kept_states(length), batch, inputs.A.shape[1], d)
+
+
+def scan_forward(inputs: ScanInputs, kept: Tensor | None) -> Forward:
     """The op without autograd, on inputs from :func:`prepare`.
 
     Args:
         inputs: As :func:`prepare` returns them.
-        kept: Memory for the states that a backward pass needs, (:func:`kept_states`, B, N, D);
-            without it there is none.
+        kept: What a backward pass needs, from :func:`new_kept`; without it there is none.
     """
     u, n = inputs.u, inputs.A.shape[1]
     out = u.new_empty(u.shape)
@@ -154,29 +147,6 @@ def scan_backward(
     dB, dC = (x[0] if parts == 1 else x.sum(0) for x in (dB, dC))
     dh0 = None if dh0 is None else dh0.transpose(1, 2)
     return du, ddelta, dA.t(), dB, dC, dD, dz, dbias, None, dh0, None, None
-
-
-class _NativeScan(torch.autograd.Function):
-    """The whole op; ``apply(*ScanInputs)``, first-order gradients, last state (B, N, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
-        inputs = ScanInputs(*args)
-        (batch, length, d), n = inputs.u.shape, inputs.A.shape[1]
-        kept = inputs.u.new_empty(kept_states(length), batch, n, d)
-        found = scan_forward(inputs, kept)
-        tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-        ctx.save_for_backward(*tensors, found.ungated, kept)
-        ctx.softplus = inputs.delta_softplus
-        ctx.set_materialize_grads(False)
-        return found.out, found.last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, ungated, kept = ctx.saved_tensors
-        inputs = ScanInputs(*tensors)._replace(delta_softplus=ctx.softplus)
-        return scan_backward(inputs, ungated, kept, dout, dlast)
 
 
 def _arguments(inputs: ScanInputs) -> _Scan:

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mail_agents.ops._native import refuse_memory, threads
-from mail_agents.ops._scan_inputs import ScanInputs
+from mail_agents.ops._scan_inputs import Forward, ScanInputs
 
 #: Below this many state updates, starting threads costs more than they save.
 _WORTH_THREADS = 2**22
@@ -29,120 +28,98 @@ def refuse(inputs: ScanInputs) -> str | None:
     return refuse_memory(*inputs.tensors())
 
 
-def run(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
-    """Runs the scan on inputs that :func:`refuse` accepts."""
+def prepare(inputs: ScanInputs) -> ScanInputs:
+    """Float32."""
+    return inputs.to(torch.float32)
 
-    def single(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.float()
 
-    y, last = _NumbaScan.apply(  # type: ignore[misc]
-        *(single(tensor) for tensor in (*inputs[:8], inputs.h0)),
-        inputs.reset,
-        inputs.delta_softplus,
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.tensors()),
+def new_kept(inputs: ScanInputs) -> Tensor:
+    """Memory for the states that a backward pass needs."""
+    batch, length, width = inputs.u.shape
+    chunks = max(0, length - 1) // _kernels().CHUNK
+    return inputs.u.new_empty(chunks, batch, inputs.A.shape[1], width)
+
+
+def scan_forward(inputs: ScanInputs, kept: Tensor | None) -> Forward:
+    """The op without autograd, on inputs from :func:`prepare`.
+
+    Args:
+        inputs: As :func:`prepare` returns them.
+        kept: What a backward pass needs, from :func:`new_kept`; without it there is none.
+    """
+    kernels, u, n = _kernels(), inputs.u, inputs.A.shape[1]
+    batch, length, width = u.shape
+    kept = u.new_empty(0, batch, n, width) if kept is None else kept
+    out, last = u.new_empty(batch, length, width), u.new_empty(batch, n, width)
+    arrays, results = _arrays(inputs), (kept.numpy(), out.numpy(), last.numpy())
+    _in_threads(
+        lambda first, stop: kernels.forward(arrays, inputs.delta_softplus, first, stop, *results),
+        *(batch, length * width * n),
     )
-    return y.to(inputs.u.dtype), last if inputs.return_state else None
+    return Forward(out, None, last if inputs.return_state else None)
+
+
+def scan_backward(
+    inputs: ScanInputs,
+    _: Tensor | None,
+    kept: Tensor,
+    dout: Tensor | None,
+    dlast: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients by input, from what the forward pass kept and the cotangents of its results.
+
+    ``dlast`` is (B, N, D), like ``last``.
+    """
+    kernels, u = _kernels(), inputs.u
+    (batch, length, width), n = u.shape, inputs.A.shape[1]
+    arrays, empty = _arrays(inputs), u.new_empty(0)
+    parts = _thread_count(batch, length * width * n)
+
+    def like(x: Tensor | None) -> Tensor:
+        return empty.view(0, 0, 0) if x is None else u.new_empty(x.shape)
+
+    def totals(*shape: int) -> Tensor:
+        return u.new_zeros(parts, *shape)
+
+    D, z, bias, h0 = inputs.D, inputs.z, inputs.delta_bias, inputs.h0
+    du, ddelta, dz, dh0 = like(u), like(u), like(z), empty.view(0, 0, 0)
+    if h0 is not None:
+        dh0 = u.new_empty(batch, n, width)
+    dB, dC = u.new_zeros(inputs.B.shape), u.new_zeros(inputs.C.shape)
+    # One copy for every thread: their sums have an order of their own, whoever comes first.
+    dA = totals(n, width)
+    dD, dbias = (totals(0 if x is None else width) for x in (D, bias))
+    gated = u.new_zeros(u.shape) if dout is None else dout.resolve_neg().contiguous()
+    carried = dh0[:0] if dlast is None else dlast.resolve_neg().contiguous()
+    cotangents = kept.numpy(), gated.numpy(), carried.numpy()
+
+    def work(first: int, stop: int) -> None:
+        part = first * parts // max(1, batch)
+        tensors = (du, ddelta, dA[part], dB, dC, dD[part], dz, dbias[part], dh0)
+        gradients = kernels.Gradients(*(tensor.numpy() for tensor in tensors))
+        kernels.backward(arrays, inputs.delta_softplus, first, stop, *cotangents, gradients)
+
+    _in_threads(work, batch, length * width * n)
+    return (
+        *(du, ddelta, dA.sum(0).t(), dB, dC),
+        None if D is None else dD.sum(0),
+        None if z is None else dz,
+        None if bias is None else dbias.sum(0),
+        None,
+        None if h0 is None else dh0.transpose(1, 2),
+        *(None, None),
+    )
 
 
 def _kernels() -> Any:
     return importlib.import_module("mail_agents.ops._scan_numba_kernels")
 
 
-class _NumbaScan(torch.autograd.Function):
-    """The whole op; float32 arguments of any strides, returns y (B, L, D) and state (B, D, N)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        bias: Tensor | None,
-        h0: Tensor | None,
-        reset: Tensor | None,
-        softplus: bool,
-        differentiable: bool,
-    ) -> tuple[Tensor, Tensor]:
-        kernels = _kernels()
-        (batch, length, width), n = u.shape, A.shape[1]
-        chunks = max(0, length - 1) // kernels.CHUNK if differentiable else 0
-        kept = u.new_empty(chunks, batch, n, width)
-        out, last = u.new_empty(batch, length, width), u.new_empty(batch, n, width)
-        inputs = (u, delta, A, B, C, D, z, bias, h0, reset)
-        arrays = _arrays(*inputs)
-        results = kept.numpy(), out.numpy(), last.numpy()
-        _in_threads(
-            lambda first, stop: kernels.forward(arrays, softplus, first, stop, *results),
-            *(batch, length * width * n),
-        )
-        ctx.save_for_backward(*inputs, kept)
-        ctx.softplus = softplus
-        ctx.set_materialize_grads(False)
-        return out, last.transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernels = _kernels()
-        *inputs, kept = ctx.saved_tensors
-        u, _, A, B, C, D, z, bias, h0, _ = inputs
-        (batch, length, width), n = u.shape, A.shape[1]
-        arrays, empty = _arrays(*inputs), u.new_empty(0)
-        parts = _thread_count(batch, length * width * n)
-
-        def like(x: Tensor | None) -> Tensor:
-            return empty.view(0, 0, 0) if x is None else u.new_empty(x.shape)
-
-        def totals(*shape: int) -> Tensor:
-            return u.new_zeros(parts, *shape)
-
-        du, ddelta, dz, dh0 = like(u), like(u), like(z), empty.view(0, 0, 0)
-        if h0 is not None:
-            dh0 = u.new_empty(batch, n, width)
-        dB, dC = u.new_zeros(B.shape), u.new_zeros(C.shape)
-        # One copy for every thread: their sums have an order of their own, whoever comes first.
-        dA = totals(n, width)
-        dD, dbias = (totals(0 if x is None else width) for x in (D, bias))
-        gated = u.new_zeros(u.shape) if dout is None else dout.resolve_neg().contiguous()
-        carried = dh0[:0] if dlast is None else dlast.resolve_neg().transpose(1, 2).contiguous()
-        cotangents = kept.numpy(), gated.numpy(), carried.numpy()
-
-        def work(first: int, stop: int) -> None:
-            part = first * parts // max(1, batch)
-            tensors = (du, ddelta, dA[part], dB, dC, dD[part], dz, dbias[part], dh0)
-            gradients = kernels.Gradients(*(tensor.numpy() for tensor in tensors))
-            kernels.backward(arrays, ctx.softplus, first, stop, *cotangents, gradients)
-
-        _in_threads(work, batch, length * width * n)
-        return (
-            *(du, ddelta, dA.sum(0).t(), dB, dC),
-            None if D is None else dD.sum(0),
-            None if z is None else dz,
-            None if bias is None else dbias.sum(0),
-            None if h0 is None else dh0.transpose(1, 2),
-            *(None, None, None),
-        )
-
-
-def _arrays(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    reset: Tensor | None,
-) -> Any:
+def _arrays(inputs: ScanInputs) -> Any:
     def dense(x: Tensor | None, dims: int) -> np.ndarray:
         return np.empty((0,) * dims, np.float32) if x is None else x.detach().contiguous().numpy()
 
+    u, delta, A, B, C, D, z, bias, _, h0, reset, _ = inputs
     rates = A.detach().t().contiguous()
     return _kernels().Arrays(
         *(dense(u, 3), dense(delta, 3), rates.numpy(), (rates * _LOG2E).numpy()),

@@ -17,6 +17,8 @@ import numpy as np
 from mail_agents.ops._native import cache_directory
 
 logger = logging.getLogger(__name__)
+# Its attributes are made at run time.
+_config: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
 
 #: Steps between the states that the forward pass keeps for the backward pass.
 CHUNK = 32
@@ -37,9 +39,6 @@ _P0, _P1, _P2, _P3, _P4 = (
     np.float32(c) for c in (0.693147004, 0.240222424, 0.0555073358, 0.00967151299, 0.00132647285)
 )
 #: log(1 + w) = 2 s Q(s^2) with s = w / (2 + w), for w in [0, 1]: relative minimax.
-# Its attributes are made at run time.
-_config: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
-
 _Q0, _Q1, _Q2, _Q3, _Q4 = (
     np.float32(c) for c in (1.0, 0.333331585, 0.200124547, 0.139803007, 0.140891686)
 )

@@ -6,11 +6,8 @@ the inputs only ungated outputs and a few states are kept for the backward pass,
 each tile.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mail_agents.ops._scan_inputs import Forward, ScanInputs
 from mail_agents.ops._scan_tiles import Rows, Workspace, plan_tiles
@@ -19,50 +16,31 @@ from mail_agents.ops._scan_tiles import Rows, Workspace, plan_tiles
 _THRESHOLD = 20
 
 
-class SelectiveScan(torch.autograd.Function):
-    """The whole op, from step size to gate; ``apply(*ScanInputs)``, first-order gradients.
-
-    Returns y (B, L, D) and the last state (B, N, D), or None unless wanted.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor | None]:
-        inputs = ScanInputs(*args)
-        (batch, length, d), n = inputs.u.shape, inputs.A.shape[1]
-        states = kept_states(batch, length, n * d, inputs.u.device)
-        kept = inputs.u.new_empty(states, batch, n, d)
-        found = scan_forward(inputs, kept)
-        tensors = [value if isinstance(value, Tensor) else None for value in inputs]
-        ctx.save_for_backward(*tensors, found.ungated, kept)
-        ctx.softplus = inputs.delta_softplus
-        ctx.set_materialize_grads(False)
-        return found.out, found.last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, ungated, kept = ctx.saved_tensors
-        inputs = ScanInputs(*tensors)._replace(delta_softplus=ctx.softplus)
-        return scan_backward(inputs, ungated, kept, dout, dlast)
-
-
 def kept_states(batch: int, length: int, width: int, device: torch.device) -> int:
     """Number of states that :func:`scan_forward` keeps; arguments of :func:`plan_tiles`."""
     return plan_tiles(batch, length, width, device).kept(length)
 
 
+def new_kept(inputs: ScanInputs) -> Tensor:
+    """Memory for these states, (:func:`kept_states`, B, N, D)."""
+    (batch, length, d), n = inputs.u.shape, inputs.A.shape[1]
+    return inputs.u.new_empty(kept_states(batch, length, n * d, inputs.u.device), batch, n, d)
+
+
 def prepare(inputs: ScanInputs) -> ScanInputs:
-    """Contiguous sequences and rates; what is absent stays so."""
+    """One dtype, contiguous sequences and rates; what is absent stays so."""
+    inputs = inputs.to(inputs.work_dtype())
     u, delta, A, B, C = (tensor.contiguous() for tensor in inputs[:5])
     return inputs._replace(u=u, delta=delta, A=A, B=B, C=C)
 
 
-def scan_forward(inputs: ScanInputs, kept: Tensor) -> Forward:
+def scan_forward(inputs: ScanInputs, kept: Tensor | None) -> Forward:
     """The op without autograd.
 
     Args:
         inputs: Of one floating dtype, not empty, as :func:`prepare` returns them.
-        kept: Memory for states, at least (:func:`kept_states`, B, N, D).
+        kept: Memory for states, at least (:func:`kept_states`, B, N, D); without it there is no
+            backward pass.
     """
     work = Workspace(inputs, parts=2)
     y = torch.empty_like(inputs.u)
@@ -70,7 +48,7 @@ def scan_forward(inputs: ScanInputs, kept: Tensor) -> Forward:
     last = work.states(work.batch) if inputs.return_state else None
     for rows in work.row_slices():
         part = work.select(inputs, rows, _step_sizes(work, inputs, rows))
-        end = _forward_rows(work, part, y[rows], kept[:, rows])
+        end = _forward_rows(work, part, y[rows], None if kept is None else kept[:, rows])
         if last is not None:
             last[rows] = end
         if inputs.D is not None:
@@ -187,15 +165,17 @@ def _contract(vectors: Tensor, matrices: Tensor, out: Tensor, time: slice) -> No
         target.copy_(torch.bmm(left, matrices).view(target.shape))
 
 
-def _forward_rows(work: Workspace, part: Rows, y: Tensor, kept: Tensor) -> Tensor:
+def _forward_rows(work: Workspace, part: Rows, y: Tensor, kept: Tensor | None) -> Tensor:
     """Writes outputs and kept states of some rows; returns the last state (scratch memory)."""
     spacing, start, end = work.plan.spacing, part.start, part.x
     for i, time in enumerate(work.blocks, start=1):
         tile, end = work.fill(part, time, start)
         _contract(part.C, tile.matrices[1], y, time)
         if i < len(work.blocks):
-            store = kept[i // spacing - 1] if i % spacing == 0 else torch.empty_like(end)
-            start = store.copy_(end)
+            if kept is None or i % spacing:
+                start = end.clone()
+            else:
+                start = kept[i // spacing - 1].copy_(end)
     return end
 
 

@@ -27,6 +27,7 @@ backend         runs                                        gradients
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +35,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
-from mail_agents.ops import _scan_cuda, _scan_native, _scan_numba
+from mail_agents.ops import _scan_cuda, _scan_native, _scan_numba, _scan_torch
 from mail_agents.ops._checks import check_shapes
 from mail_agents.ops._opaque import opaque_scan, tracing
 from mail_agents.ops._precision import as_dtype, no_autocast
+from mail_agents.ops._scan_autograd import run_scan
 from mail_agents.ops._scan_inputs import ScanInputs
-from mail_agents.ops._scan_torch import SelectiveScan, prepare
 from mail_agents.ops.backends import (
     NUMBA,
     SELECTIVE_SCAN_CUDA,
@@ -229,8 +230,7 @@ def _torch(inputs: ScanInputs) -> tuple[Tensor, Tensor | None]:
     """The blocked scan of :mod:`mail_agents.ops._scan_torch`."""
     if inputs.u.numel() == 0 or inputs.A.numel() == 0:
         return _reference(inputs)
-    y, last = SelectiveScan.apply(*prepare(inputs.to(inputs.work_dtype())))  # type: ignore[misc]
-    return y.to(inputs.u.dtype), None if last is None else last.transpose(1, 2)
+    return run_scan(_scan_torch, inputs)
 
 
 def _refuse_cuda(inputs: ScanInputs) -> str | None:
@@ -240,8 +240,8 @@ def _refuse_cuda(inputs: ScanInputs) -> str | None:
 
 _CANDIDATES = (
     Candidate("cuda", _scan_cuda.run, _refuse_cuda, SELECTIVE_SCAN_CUDA),
-    Candidate("native", _scan_native.run, _scan_native.refuse),
-    Candidate("numba", _scan_numba.run, _scan_numba.refuse, NUMBA),
+    Candidate("native", partial(run_scan, _scan_native), _scan_native.refuse),
+    Candidate("numba", partial(run_scan, _scan_numba), _scan_numba.refuse, NUMBA),
     Candidate("torch", _torch, refuse_torch_func),
     Candidate("reference", _reference, lambda _: None),
 )
