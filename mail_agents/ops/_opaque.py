@@ -14,6 +14,7 @@ from torch import Tensor
 from mail_agents.ops import _conv_native, _scan_native, _scan_torch
 from mail_agents.ops._conv_torch import conv_backward, conv_forward
 from mail_agents.ops._native import refuse_native
+from mail_agents.ops._scan_autograd import Kernels
 from mail_agents.ops._scan_inputs import ScanInputs
 from mail_agents.ops.backends import Candidate, choose
 
@@ -72,81 +73,67 @@ def chosen(op: str, backend: str, refusal: Callable[[], str | None], numba: bool
     return choose(op, candidates, backend, None).name
 
 
-@torch.library.custom_op("mail_agents::selective_scan", mutates_args=())
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    want_state: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments of one floating dtype; what is not wanted has no elements.
+#: Arguments in the language of torch: those of an op, and of its backward pass before what that
+#: keeps.
+_SCAN = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, "
+    "bool softplus, Tensor? h0, Tensor? reset, bool want_state"
+)
+_CONV = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? history"
+
+
+@torch.library.custom_op(
+    "mail_agents::selective_scan",
+    mutates_args=(),
+    schema=f"({_SCAN}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:class:`ScanInputs` of one floating dtype, and the backend; what is not wanted is empty.
 
     Returns:
         y (B, L, D), the last state (B, N, D), y before the gate (B, L, D), kept states
         (:func:`_kept_states`, B, N, D), and 1 where ``native`` ran, else 0.
     """
-    inputs = ScanInputs(u, delta, A, B, C, D, z, bias, softplus, h0, reset, want_state)
+    inputs, backend = ScanInputs(*arguments[:-1]), arguments[-1]
     refusal = functools.partial(refuse_native, *inputs.tensors())
     native = chosen("selective_scan", backend, refusal, numba=True) == "native"
-    kept = _new_kept(inputs)
-    found: Any
-    if native:
-        found = _scan_native.scan_forward(_scan_native.prepare(inputs), kept)
-    else:
-        found = _scan_torch.scan_forward(_scan_torch.prepare(inputs), kept)
-    last, ungated = (u.new_empty(0) if x is None else x for x in (found.last, found.ungated))
+    kernels, kept = _kernels(native), _new_kept(inputs)
+    found = kernels.scan_forward(kernels.prepare(inputs), kept)
+    none = inputs.u.new_empty(0)
+    last, ungated = (none.clone() if x is None else x for x in (found.last, found.ungated))
     return found.out, last, ungated, kept, torch.tensor(int(native))
 
 
-@torch.library.custom_op("mail_agents::selective_scan_backward", mutates_args=())
-def _scan_gradients(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    softplus: bool,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    want_state: bool,
-    ungated: Tensor,
-    kept: Tensor,
-    native: Tensor,
-    dout: Tensor,
-    dlast: Tensor,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "mail_agents::selective_scan_backward",
+    mutates_args=(),
+    schema=f"({_SCAN}, Tensor ungated, Tensor kept, Tensor native, Tensor dout, Tensor dlast)"
+    " -> Tensor[]",
+)
+def _scan_gradients(*arguments: Any) -> list[Tensor]:
     """Gradients of the floating arguments that are there."""
-    inputs = ScanInputs(u, delta, A, B, C, D, z, bias, softplus, h0, reset, want_state)
-    backend: Any = _scan_native if native.item() else _scan_torch
-    found = backend.scan_backward(
-        *(backend.prepare(inputs), None if z is None else ungated, kept),
-        *(dout, dlast if want_state else None),
+    inputs = ScanInputs(*arguments[:12])
+    ungated, kept, native, dout, dlast = arguments[12:]
+    kernels = _kernels(native.item())
+    found = kernels.scan_backward(
+        *(kernels.prepare(inputs), None if inputs.z is None else ungated, kept),
+        *(dout, dlast if inputs.return_state else None),
     )
     return [gradient.contiguous() for gradient in found if gradient is not None]
 
 
-@torch.library.custom_op("mail_agents::causal_conv1d", mutates_args=())
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    history: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _kernels(native: bool) -> Kernels:
+    return _scan_native if native else _scan_torch
+
+
+@torch.library.custom_op(
+    "mail_agents::causal_conv1d",
+    mutates_args=(),
+    schema=f"({_CONV}, str backend) -> (Tensor, Tensor)",
+)
+def _conv(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Returns y (B, L, D), and 1 where ``native`` ran, else 0."""
+    x, weight, bias, silu, history, backend = arguments
     refusal = functools.partial(_conv_native.refuse, x, weight, bias, history)
     if chosen("causal_conv1d", backend, refusal, numba=False) == "native":
         ready = _conv_native.prepare(x, weight, bias, silu, history)
@@ -156,17 +143,14 @@ def _conv(
     return y, torch.tensor(0)
 
 
-@torch.library.custom_op("mail_agents::causal_conv1d_backward", mutates_args=())
-def _conv_gradients(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    history: Tensor | None,
-    native: Tensor,
-    dy: Tensor,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "mail_agents::causal_conv1d_backward",
+    mutates_args=(),
+    schema=f"({_CONV}, Tensor native, Tensor dy) -> Tensor[]",
+)
+def _conv_gradients(*arguments: Any) -> list[Tensor]:
     """Gradients of the tensors that are there."""
+    x, weight, bias, silu, history, native, dy = arguments
     if native.item():
         ready = _conv_native.prepare(x, weight, bias, silu, history)
         found = _conv_native.conv_backward(*ready, dy.float())
@@ -193,10 +177,11 @@ def _new_kept(inputs: ScanInputs) -> Tensor:
     return u.new_empty(_kept_states(u, n), u.shape[0], n, u.shape[2])
 
 
-def _like(*tensors: Any) -> list[Tensor]:
+def like(*arguments: Any) -> list[Tensor]:
+    """Contiguous tensors like those among the arguments that hold real numbers."""
     return [
         torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in tensors
+        for x in arguments
         if isinstance(x, Tensor) and x.is_floating_point()
     ]
 
@@ -206,7 +191,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = ScanInputs(*arguments[:12])
     u, n = inputs.u, inputs.A.shape[1]
     none = u.new_empty(0)
-    out, ungated = _like(u, u)
+    out, ungated = like(u, u)
     last = u.new_empty(u.shape[0], n, u.shape[2]) if inputs.return_state else none
     return (
         *(out, last, none.clone() if inputs.z is None else ungated, _new_kept(inputs)),
@@ -216,41 +201,42 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @_scan_gradients.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    return _like(*arguments[:12])
+    return like(*arguments[:12])
 
 
 @_conv.register_fake
 def _(x: Any, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(x)[0], x.new_empty((), dtype=torch.int64)
+    return like(x)[0], x.new_empty((), dtype=torch.int64)
 
 
 @_conv_gradients.register_fake
 def _(x: Any, weight: Any, bias: Any, silu: Any, history: Any, *_: Any) -> list[Tensor]:
-    return _like(x, weight, bias, history)
+    return like(x, weight, bias, history)
 
 
 def _setup_scan(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _keep(ctx, inputs, output[2:])
+    keep(ctx, inputs, output[2:])
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _keep(ctx, inputs, output[1:])
+    keep(ctx, inputs, output[1:])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], kept: Sequence[Tensor]) -> None:
+def keep(ctx: Any, inputs: tuple[Any, ...], kept: Sequence[Tensor]) -> None:
     """Keeps all arguments and, of the results, what the backward pass needs."""
     ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *kept)
     ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
 
 
-def _restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+def restore(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    """Returns the arguments and what else :func:`keep` kept."""
     saved = iter(ctx.saved_tensors)
     pairs = zip(ctx.arguments, ctx.is_tensor, strict=True)
     return [next(saved) if tensor else x for x, tensor in pairs], list(saved)
 
 
-def _spread(arguments: list[Any], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+def spread(arguments: list[Any], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
     """One gradient, or None, per argument."""
     found = iter(gradients)
     return tuple(
@@ -259,15 +245,15 @@ def _spread(arguments: list[Any], gradients: list[Tensor]) -> tuple[Tensor | Non
 
 
 def _scan_backward(ctx: Any, dout: Tensor, dlast: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    arguments, kept = _restore(ctx)
+    arguments, kept = restore(ctx)
     every: list[Any] = [*arguments[:12], *kept, dout, dlast]
-    return _spread(arguments, _scan_gradients(*every))
+    return spread(arguments, _scan_gradients(*every))
 
 
 def _conv_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    arguments, kept = _restore(ctx)
+    arguments, kept = restore(ctx)
     every: list[Any] = [*arguments[:5], *kept, dy]
-    return _spread(arguments, _conv_gradients(*every))
+    return spread(arguments, _conv_gradients(*every))
 
 
 _scan.register_autograd(_scan_backward, setup_context=_setup_scan)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mail_agents.ops import _ssd_native
-from mail_agents.ops._opaque import chosen
+from mail_agents.ops._opaque import chosen, keep, like, restore, spread
 from mail_agents.ops._ssd_chunks import Inputs, Kept, chunks
 from mail_agents.ops._ssd_inputs import UNLIMITED, SsdInputs
 from mail_agents.ops._ssd_torch import ssd_backward, ssd_forward
@@ -32,27 +32,25 @@ def _refuse_native(inputs: Inputs) -> str | None:
     return _ssd_native.refuse(SsdInputs(*inputs[:6], *rest))
 
 
-@torch.library.custom_op("mail_agents::ssd", mutates_args=())
-def _ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    exact_zero: bool,
-    want_state: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :class:`~mail_agents.ops._ssd_chunks.Inputs`.
+_SSD = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? h0, Tensor? reset, "
+    "bool exact_zero, bool want_state"
+)
+
+
+@torch.library.custom_op(
+    "mail_agents::ssd",
+    mutates_args=(),
+    schema=f"({_SSD}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _ssd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:class:`~mail_agents.ops._ssd_chunks.Inputs`, and the backend.
 
     Returns:
         y, the last state (no elements unless wanted), the three tensors of
         :class:`~mail_agents.ops._ssd_chunks.Kept`, and 1 where ``native`` ran, else 0.
     """
-    inputs = Inputs(x, dt, A, B, C, D, h0, reset, exact_zero, want_state)
+    inputs, backend = Inputs(*arguments[:-1]), arguments[-1]
     refusal = functools.partial(_refuse_native, inputs)
     if chosen("ssd", backend, refusal, numba=False) == "native":
         _, last, whole, up, states = _results(inputs)
@@ -71,37 +69,22 @@ def _results(inputs: Inputs) -> list[Tensor]:
     return [new(inputs.x.shape), last, *scales, new(len(chunks(length)) - 1, *state)]
 
 
-@torch.library.custom_op("mail_agents::ssd_backward", mutates_args=())
-def _gradients(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    exact_zero: bool,
-    want_state: bool,
-    whole: Tensor,
-    up: Tensor,
-    states: Tensor,
-    native: Tensor,
-    dy: Tensor,
-    dlast: Tensor,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "mail_agents::ssd_backward",
+    mutates_args=(),
+    schema=f"({_SSD}, Tensor whole, Tensor up, Tensor states, Tensor native, Tensor dy, "
+    "Tensor dlast) -> Tensor[]",
+)
+def _gradients(*arguments: Any) -> list[Tensor]:
     """Gradients of x, dt, A, B, C, and of D and h0 where they are there."""
-    inputs = Inputs(x, dt, A, B, C, D, h0, reset, exact_zero, want_state)
+    inputs = Inputs(*arguments[:10])
+    whole, up, states, native, dy, dlast = arguments[10:]
     if native.item():
         found = _ssd_native.backward(inputs, dy)
     else:
-        found = ssd_backward(inputs, Kept(whole, up, states), dy, dlast if want_state else None)
+        dlast = dlast if inputs.want_state else None
+        found = ssd_backward(inputs, Kept(whole, up, states), dy, dlast)
     return [gradient.contiguous() for gradient in found if gradient is not None]
-
-
-def _like(*tensors: Tensor | None) -> list[Tensor]:
-    """Contiguous tensors of these shapes."""
-    return [x.new_empty(x.shape) for x in tensors if x is not None]
 
 
 @_ssd.register_fake
@@ -113,19 +96,17 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @_gradients.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    return _like(*arguments[:7])
+    return like(*arguments[:10])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:8], *output[2:])
-    ctx.flags = inputs[8:10]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    keep(ctx, inputs, output[2:])
 
 
 def _backward(ctx: Any, dy: Tensor, dlast: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    tensors, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-    arguments: list[Any] = [*tensors, *ctx.flags, *kept, dy, dlast]
-    found = iter(_gradients(*arguments))
-    return *(None if x is None else next(found) for x in tensors[:7]), None, None, None, None
+    arguments, kept = restore(ctx)
+    every: list[Any] = [*arguments[:10], *kept, dy, dlast]
+    return spread(arguments, _gradients(*every))
 
 
 _ssd.register_autograd(_backward, setup_context=_setup)
