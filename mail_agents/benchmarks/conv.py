@@ -1,5 +1,6 @@
 """The short causal convolution of Mamba against ``F.conv1d``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mail_agents.benchmarks.arguments import Ops
-from mail_agents.benchmarks.charts import Chart
-from mail_agents.benchmarks.gradients import TOLERANCE, Differentiated, runnable
-from mail_agents.benchmarks.report import Bar, Report, Table, ratio, times_row
-from mail_agents.benchmarks.timing import check_equal, interleaved, stopwatch
+from mail_agents.benchmarks.gradients import Differentiated, runnable
+from mail_agents.benchmarks.kernels import Kind, time_kernels
+from mail_agents.benchmarks.report import Bar, Report, ratio
 from mail_agents.ops import causal_conv1d
 
 TAPS = 4
@@ -18,6 +18,7 @@ TAPS = 4
 TRANSPOSED, ALONE = "F.conv1d + transposes", "F.conv1d"
 BACKENDS = {"cpu": ("native", "torch"), "cuda": ("cuda", "torch")}
 FULL = ((32, 150, 512), (8, 1024, 512))
+Size = tuple[int, int, int]
 #: Times faster than :data:`TRANSPOSED`, by number of steps.
 BARS = {6: {"torch": 6.0, "native": 6.0}, 10: {"torch": 5.0}, 60: {"torch": 2.0}}
 
@@ -31,9 +32,7 @@ def _channel_last_conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _conv1d(x.transpose(1, 2), weight, bias).transpose(1, 2)
 
 
-def conv_candidates(
-    size: tuple[int, int, int], arguments: Ops, absent: list[str]
-) -> dict[str, Differentiated]:
+def conv_candidates(size: Size, arguments: Ops, absent: list[str]) -> dict[str, Differentiated]:
     """Everything that can run a convolution of this size here, by column."""
     batch, length, width = size
     generator = torch.Generator().manual_seed(arguments.seed)
@@ -61,27 +60,26 @@ def conv_candidates(
 
 def time_convolutions(arguments: Ops, report: Report) -> None:
     """Adds the times of all sizes, and their bars."""
-    kind = torch.device(arguments.device).type
-    columns, unit = (*BACKENDS[kind], TRANSPOSED, ALONE), BACKENDS[kind][0]
-    watch = stopwatch(arguments.device, arguments.threads)
-    tolerance = TOLERANCE[getattr(torch, arguments.dtype)]
-    rows, panels, figures = [], {}, {}
-    for size in (*arguments.conv, *(FULL if arguments.full else ())):
-        label = " x ".join(map(str, size))
-        found = conv_candidates(size, arguments, report.absent)
-        candidates = [each.candidate() for each in found.values()]
-        errors = check_equal(candidates, tolerance, found[TRANSPOSED].candidate())
-        times = interleaved({c.name: c.run for c in candidates}, arguments.rounds, watch)
-        best = {name: each.best for name, each in times.items()}
-        rows.append(times_row(label, best, columns, unit if unit in best else "torch"))
-        panels[label] = {name: 1e3 * seconds for name, seconds in best.items()}
-        figures[label] = {"seconds": times, "differences": errors}
-        if kind == "cpu" and size[2] == 512:
-            report.bars += [
-                Bar(f"conv {label}: {ours}", ratio(best, TRANSPOSED, ours), required)
-                for ours, required in BARS.get(size[1], {}).items()
-            ]
-    title = "Causal convolution and SiLU, forward and backward (batch x steps x channels)"
-    report.tables.append(Table("ops conv", title, ("convolution", *columns), tuple(rows)))
-    report.charts.append(Chart(title, "ms", panels, ours=BACKENDS[kind]))
-    report.figures["conv"] = figures
+    ours = BACKENDS[torch.device(arguments.device).type]
+    kind = Kind(
+        "conv",
+        "convolution",
+        "Causal convolution and SiLU, forward and backward (batch x steps x channels)",
+        ours,
+        (*ours, TRANSPOSED, ALONE),
+        judges=(TRANSPOSED,),
+    )
+
+    def bars(size: Size, label: str, best: Mapping[str, float]) -> list[Bar]:
+        required = BARS.get(size[1], {}) if size[2] == 512 else {}
+        return [
+            Bar(f"conv {label}: {name}", ratio(best, TRANSPOSED, name), limit)
+            for name, limit in required.items()
+        ]
+
+    time_kernels(
+        kind,
+        (*arguments.conv, *(FULL if arguments.full else ())),
+        lambda size: conv_candidates(size, arguments, report.absent),
+        *(bars, arguments, report),
+    )

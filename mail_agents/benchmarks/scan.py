@@ -1,6 +1,7 @@
 """The selective scan of Mamba-1: time, peak memory and rounding errors."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,17 +10,10 @@ from torch import Tensor
 
 from mail_agents.benchmarks import alternatives
 from mail_agents.benchmarks.arguments import Ops
-from mail_agents.benchmarks.charts import Chart
-from mail_agents.benchmarks.gradients import TOLERANCE, Differentiated, runnable
-from mail_agents.benchmarks.report import MISSING, Bar, Report, Table, ratio, times_row
-from mail_agents.benchmarks.timing import (
-    check_equal,
-    interleaved,
-    peak_bytes,
-    relative_error,
-    rms_error,
-    stopwatch,
-)
+from mail_agents.benchmarks.gradients import Differentiated, runnable
+from mail_agents.benchmarks.kernels import Kind, time_kernels
+from mail_agents.benchmarks.report import MISSING, Bar, Report, Table, ratio
+from mail_agents.benchmarks.timing import peak_bytes, relative_error, rms_error
 from mail_agents.ops import selective_scan
 
 STATES = 16
@@ -146,33 +140,28 @@ def bars_of(size: Size) -> dict[tuple[str, str], float]:
 
 def time_scans(arguments: Ops, report: Report) -> None:
     """Adds the times of all sizes, and their bars."""
-    kind = torch.device(arguments.device).type
-    columns, unit = COLUMNS[kind], BACKENDS[kind][0]
-    tolerance = TOLERANCE[getattr(torch, arguments.dtype)]
-    watch = stopwatch(arguments.device, arguments.threads)
-    rows, panels, figures = [], {}, {}
-    for size in (*arguments.scan, *(FULL if arguments.full else ())):
-        label = " x ".join(map(str, size))
-        found = scan_candidates(size, arguments, report.absent)
-        candidates = [each.candidate() for each in found.values()]
-        if kind == "cuda":  # pragma: needs gpu
-            candidates += [found[name].on_graph() for name in BACKENDS[kind] if name in found]
-        judge = found.get("reference", found["torch"]).candidate()
-        errors = check_equal(candidates, tolerance, judge)
-        times = interleaved({c.name: c.run for c in candidates}, arguments.rounds, watch)
-        best = {name: each.best for name, each in times.items()}
-        rows.append(times_row(label, best, columns, unit if unit in best else "torch"))
-        panels[label] = {name: 1e3 * seconds for name, seconds in best.items()}
-        figures[label] = {"seconds": times, "differences": errors}
-        if kind == "cpu":
-            report.bars += [
-                Bar(f"scan {label}: {ours} against {other}", ratio(best, other, ours), required)
-                for (other, ours), required in bars_of(size).items()
-            ]
-    title = "Selective scan, forward and backward (batch x steps x channels)"
-    report.tables.append(Table("ops scan", title, ("scan", *columns), tuple(rows)))
-    report.charts.append(Chart(title, "ms", panels, ours=BACKENDS[kind]))
-    report.figures["scan"] = figures
+    where = torch.device(arguments.device).type
+    kind = Kind(
+        "scan",
+        "scan",
+        "Selective scan, forward and backward (batch x steps x channels)",
+        BACKENDS[where],
+        COLUMNS[where],
+        judges=("reference", "torch"),
+    )
+
+    def bars(size: Size, label: str, best: Mapping[str, float]) -> list[Bar]:
+        return [
+            Bar(f"scan {label}: {ours} against {other}", ratio(best, other, ours), required)
+            for (other, ours), required in bars_of(size).items()
+        ]
+
+    time_kernels(
+        kind,
+        (*arguments.scan, *(FULL if arguments.full else ())),
+        lambda size: scan_candidates(size, arguments, report.absent),
+        *(bars, arguments, report),
+    )
 
 
 def measure_memory(arguments: Ops, report: Report) -> None:

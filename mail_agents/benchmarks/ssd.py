@@ -5,6 +5,7 @@ shorter. (transformers' default of 256 pads every sequence to that length, see `
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from torch import Tensor
 
 from mail_agents.benchmarks import alternatives
 from mail_agents.benchmarks.arguments import Ops
-from mail_agents.benchmarks.charts import Chart
-from mail_agents.benchmarks.gradients import TOLERANCE, Differentiated, runnable
-from mail_agents.benchmarks.report import Bar, Report, Table, ratio, times_row
-from mail_agents.benchmarks.timing import check_equal, interleaved, stopwatch
+from mail_agents.benchmarks.gradients import Differentiated, runnable
+from mail_agents.benchmarks.kernels import Kind, time_kernels
+from mail_agents.benchmarks.report import Bar, Report, ratio
 from mail_agents.ops.ssd import ssd
 
 CHANNELS = 64
@@ -101,29 +101,28 @@ def ssd_candidates(size: Size, arguments: Ops, absent: list[str]) -> dict[str, D
 
 def time_duality(arguments: Ops, report: Report) -> None:
     """Adds the times of all sizes, and their bars."""
-    kind = torch.device(arguments.device).type
-    columns = (*BACKENDS[kind], SLOW, MINIMAL)
-    watch = stopwatch(arguments.device, arguments.threads)
-    tolerance = 5 * TOLERANCE[getattr(torch, arguments.dtype)]  # chunked sums round in float32
-    rows, panels, figures = [], {}, {}
-    for size in (*arguments.ssd, *(FULL if arguments.full else ())):
-        label = " x ".join(map(str, size))
-        found = ssd_candidates(size, arguments, report.absent)
-        candidates = [each.candidate() for each in found.values()]
-        errors = check_equal(candidates, tolerance, found["reference"].candidate())
-        times = interleaved({c.name: c.run for c in candidates}, arguments.rounds, watch)
-        best = {name: each.best for name, each in times.items()}
-        unit = next((name for name in BACKENDS[kind] if name in best), "reference")
-        rows.append(times_row(label, best, columns, unit))
-        panels[label] = {name: 1e3 * seconds for name, seconds in best.items()}
-        figures[label] = {"seconds": times, "differences": errors}
-        if kind == "cpu" and size[2] == 512:
-            report.bars += [
-                Bar(f"ssd {label}: {ours} against {other}", ratio(best, other, ours), required)
-                for other, required in BARS.get(size[1], {}).items()
-                for ours in ("torch", "native")
-            ]
-    title = "State space duality, forward and backward (batch x steps x channels x states)"
-    report.tables.append(Table("ops ssd", title, ("ssd", *columns), tuple(rows)))
-    report.charts.append(Chart(title, "ms", panels, ours=BACKENDS[kind]))
-    report.figures["ssd"] = figures
+    ours = BACKENDS[torch.device(arguments.device).type]
+    kind = Kind(
+        "ssd",
+        "ssd",
+        "State space duality, forward and backward (batch x steps x channels x states)",
+        ours,
+        (*ours, SLOW, MINIMAL),
+        judges=("reference",),
+        slack=5,  # chunked sums round in float32
+    )
+
+    def bars(size: Size, label: str, best: Mapping[str, float]) -> list[Bar]:
+        required = BARS.get(size[1], {}) if size[2] == 512 else {}
+        return [
+            Bar(f"ssd {label}: {name} against {other}", ratio(best, other, name), limit)
+            for other, limit in required.items()
+            for name in ("torch", "native")
+        ]
+
+    time_kernels(
+        kind,
+        (*arguments.ssd, *(FULL if arguments.full else ())),
+        lambda size: ssd_candidates(size, arguments, report.absent),
+        *(bars, arguments, report),
+    )
