@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import NonCausalMixer, zero_masked
 from mail_agents.mixers.mamba import init_step_size, initial_decay, select
-from mail_agents.mixers.parts import conv_weights, convolve, skip_masked
+from mail_agents.mixers.parts import check_sizes, conv_weights, convolve, skip_masked
 from mail_agents.ops._precision import decay_rates
 from mail_agents.ops.selective_scan import selective_scan
 
@@ -61,12 +60,15 @@ class BiMamba(NonCausalMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_sizes(
+            "BiMamba",
+            d_model=d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dt_rank=dt_rank,
+        )
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        if min(d_model, d_state, d_conv, expand, rank) < 1:
-            raise InvalidInputError(
-                "BiMamba sizes have to be positive, got "
-                f"{d_model=}, {d_state=}, {d_conv=}, {expand=}, {dt_rank=}."
-            )
         self.d_model, self.d_state, self.d_conv, self.dt_rank = d_model, d_state, d_conv, rank
         self.d_inner = inner = expand * d_model
         self.divide_out = divide_out

@@ -15,7 +15,7 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import NonCausalMixer, zero_masked
 from mail_agents.mixers.heads import GatedRMSNorm, count_heads
 from mail_agents.mixers.mamba import initial_step_bias
-from mail_agents.mixers.parts import convolve, skip_masked
+from mail_agents.mixers.parts import check_sizes, convolve, skip_masked
 from mail_agents.ops._precision import decay_rates
 from mail_agents.ops.ssd import ssd
 
@@ -65,11 +65,7 @@ class Hydra(NonCausalMixer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if min(d_model, d_state, d_conv, expand) < 1:
-            raise InvalidInputError(
-                "Hydra sizes have to be positive, got "
-                f"{d_model=}, {d_state=}, {d_conv=}, {expand=}."
-            )
+        check_sizes("Hydra", d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
         if not 0 <= dt_limit[0] <= dt_limit[1]:
             raise InvalidInputError(f"Hydra needs 0 <= low <= high in dt_limit; got {dt_limit}.")
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import zero_masked
 from mail_agents.mixers.fused import FusedLayers, Layers
-from mail_agents.mixers.parts import conv_weights, convolve, skip_masked
+from mail_agents.mixers.parts import check_sizes, conv_weights, convolve, skip_masked
 from mail_agents.ops._precision import decay_rates, wide_dtype
 from mail_agents.ops.causal_conv1d import causal_conv1d_step
 from mail_agents.ops.selective_scan import selective_scan, selective_scan_step
@@ -129,12 +128,15 @@ class Mamba(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_sizes(
+            "Mamba",
+            d_model=d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dt_rank=dt_rank,
+        )
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        if min(d_model, d_state, d_conv, expand, rank) < 1:
-            raise InvalidInputError(
-                "Mamba sizes have to be positive, got "
-                f"{d_model=}, {d_state=}, {d_conv=}, {expand=}, {dt_rank=}."
-            )
         self.d_model, self.d_state, self.d_conv, self.dt_rank = d_model, d_state, d_conv, rank
         self.d_inner = expand * d_model
         self.backend = backend

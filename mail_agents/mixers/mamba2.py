@@ -14,7 +14,7 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import zero_masked
 from mail_agents.mixers.heads import GatedRMSNorm, count_heads
 from mail_agents.mixers.mamba import MambaState, initial_step_bias
-from mail_agents.mixers.parts import conv_weights, convolve, skip_masked
+from mail_agents.mixers.parts import check_sizes, conv_weights, convolve, skip_masked
 from mail_agents.ops._precision import decay_rates, wide_dtype
 from mail_agents.ops.causal_conv1d import causal_conv1d_step
 from mail_agents.ops.ssd import ssd, ssd_step
@@ -69,11 +69,7 @@ class Mamba2(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if min(d_model, d_state, d_conv, expand) < 1:
-            raise InvalidInputError(
-                "Mamba2 sizes have to be positive, got "
-                f"{d_model=}, {d_state=}, {d_conv=}, {expand=}."
-            )
+        check_sizes("Mamba2", d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
         if not 0 < A_init_range[0] <= A_init_range[1] or not 0 <= dt_limit[0] <= dt_limit[1]:
             raise InvalidInputError(
                 "Mamba2 needs 0 < low <= high in A_init_range and 0 <= low <= high in dt_limit; "

@@ -1,10 +1,23 @@
 """Parts that several state space mixers share."""
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
+from mail_agents.errors import InvalidInputError
 from mail_agents.ops.causal_conv1d import causal_conv1d
+
+
+def check_sizes(mixer: str, **sizes: Any) -> None:
+    """Refuses sizes smaller than one; what is no number is only named.
+
+    Raises:
+        InvalidInputError: A size is smaller than one.
+    """
+    if any(isinstance(size, int) and size < 1 for size in sizes.values()):
+        given = ", ".join(f"{name}={size!r}" for name, size in sizes.items())
+        raise InvalidInputError(f"{mixer} sizes have to be positive, got {given}.")
 
 
 def conv_weights(channels: int, width: int, bias: bool) -> nn.Conv1d:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
@@ -27,3 +28,21 @@ def check_shapes(
             raise InvalidInputError(
                 f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape} from {source()}."
             )
+
+
+def check_dtypes(op: str, name: str, x: Tensor, A: Tensor, reset: Tensor | None) -> None:
+    """Raises InvalidInputError when inputs are not real numbers, or ``reset`` is not of bools.
+
+    Args:
+        op: Name of the op.
+        name: Name of ``x``.
+        x: Input.
+        A: Decay rates.
+        reset: Where sequences start anew.
+    """
+    if A.is_complex() or not x.is_floating_point():
+        raise InvalidInputError(
+            f"{op} needs real floating point inputs, got {name} {x.dtype}, A {A.dtype}."
+        )
+    if reset is not None and reset.dtype != torch.bool:
+        raise InvalidInputError(f"{op}: reset must be bool, got {reset.dtype}.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
-from mail_agents.ops._checks import check_shapes
+from mail_agents.ops._checks import check_dtypes, check_shapes
 from mail_agents.ops._precision import wide_dtype
 
 
@@ -67,12 +67,7 @@ class ScanInputs(NamedTuple):
             ),
             lambda: f"u (B, L, D) = {sequence} and N = {n}",
         )
-        if A.is_complex() or not u.is_floating_point():
-            raise InvalidInputError(
-                f"selective_scan needs real floating point inputs, got u {u.dtype}, A {A.dtype}."
-            )
-        if self.reset is not None and self.reset.dtype != torch.bool:
-            raise InvalidInputError(f"selective_scan: reset must be bool, got {self.reset.dtype}.")
+        check_dtypes("selective_scan", "u", u, A, self.reset)
 
 
 class Forward(NamedTuple):

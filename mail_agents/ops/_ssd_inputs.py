@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mail_agents.errors import InvalidInputError
-from mail_agents.ops._checks import check_shapes
+from mail_agents.ops._checks import check_dtypes, check_shapes
 from mail_agents.ops._precision import as_dtype, wide_dtype
 
 #: Bounds of the step size that bound nothing: softplus is positive.
@@ -62,20 +62,12 @@ class SsdInputs(NamedTuple):
             lambda: f"x (B, L, H, P) = {sequence}, G = {groups} and N = {n}",
         )
         check_groups("ssd", heads, groups)
-        self._check_dtypes()
+        check_dtypes("ssd", "x", x, self.A, self.reset)
         low, high = self.dt_limit
         if not 0 <= low <= high:
             raise InvalidInputError(
                 f"ssd: dt_limit must be (low, high) with 0 <= low <= high, got {self.dt_limit}."
             )
-
-    def _check_dtypes(self) -> None:
-        if self.A.is_complex() or not self.x.is_floating_point():
-            raise InvalidInputError(
-                f"ssd needs real floating point inputs, got x {self.x.dtype}, A {self.A.dtype}."
-            )
-        if self.reset is not None and self.reset.dtype != torch.bool:
-            raise InvalidInputError(f"ssd: reset must be bool, got {self.reset.dtype}.")
 
     def work_dtype(self) -> torch.dtype:
         """Returns the dtype of all arithmetic: float32, or float64 when an input is float64."""
