@@ -15,7 +15,7 @@ from mail_agents.errors import InvalidInputError
 from mail_agents.mixers.base import NonCausalMixer, zero_masked
 from mail_agents.mixers.heads import GatedRMSNorm, count_heads
 from mail_agents.mixers.mamba import initial_step_bias
-from mail_agents.mixers.parts import check_sizes, convolve, skip_masked
+from mail_agents.mixers.parts import check_sizes, conv_weights, convolve, skip_masked
 from mail_agents.ops._precision import decay_rates
 from mail_agents.ops.ssd import ssd
 
@@ -76,10 +76,7 @@ class Hydra(NonCausalMixer):
         inner, heads = self.d_inner, self.nheads
         channels = inner + 4 * ngroups * d_state
         self.in_proj = nn.Linear(d_model, inner + channels + 2 * heads, bias=bias)
-        # A container for the weights only, so that their names match; the op does the work.
-        self.conv1d = nn.Conv1d(
-            channels, channels, d_conv, groups=channels, padding=d_conv // 2, bias=conv_bias
-        )
+        self.conv1d = conv_weights(channels, d_conv, conv_bias)
         self.dt_bias = nn.Parameter(initial_step_bias(heads))
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(heads))

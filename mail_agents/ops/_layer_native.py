@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mail_agents.ops._native import load, threads
+from mail_agents.ops._native import threads
+from mail_agents.ops._native_call import address, library
 
 
 class LayerWeights(NamedTuple):
@@ -92,8 +93,8 @@ class LayerStack:
         self.parameters, self.last_norm, self.eps = layers, last_norm, eps
         self._shape = (self.d_model, self.d_inner, self.d_state, self.d_conv, rank)
         self._residual = int(first.norm_weight is not None)
-        self._weights = array("q", [_address(part) for layer in layers for part in layer])
-        self._last = [_address(part) for part in last_norm]
+        self._weights = array("q", [address(part) or 0 for layer in layers for part in layer])
+        self._last = [address(part) for part in last_norm]
         self._known: tuple[tuple[int, int, int], Any, int] = ((0, 0, 0), None, 0)
 
     def tensors(self) -> list[Tensor | None]:
@@ -144,20 +145,20 @@ class LayerStack:
             new: Addresses for all histories (layers, B, W-1, D) and all other states
                 (layers, B, N, D), which may be those of ``old``; (0, 0) for none.
         """
-        library = _library()
+        kernels = _declared(library())
         length, workers = 1 if x.dim() == 2 else x.shape[1], threads()
-        sizes, scratch = self._sizes_for(library, x.shape[0], length, workers)
+        sizes, scratch = self._sizes_for(kernels, x.shape[0], length, workers)
         x = x.contiguous()
         out = torch.empty_like(x)
         aggregate = None if aggregate is None else aggregate.contiguous()
         memory = x.new_empty(scratch)
-        library.mamba_layers(
+        kernels.mamba_layers(
             sizes.buffer_info()[0],
             self._weights.buffer_info()[0],
             None if old is None else old.rows.buffer_info()[0],
             *self._last,
             x.data_ptr(),
-            _address(aggregate),
+            address(aggregate),
             out.data_ptr(),
             *new,
             memory.data_ptr(),
@@ -167,14 +168,14 @@ class LayerStack:
         return out
 
     def _sizes_for(
-        self, library: ctypes.CDLL, batch: int, length: int, workers: int
+        self, kernels: ctypes.CDLL, batch: int, length: int, workers: int
     ) -> "tuple[array[int], int]":
         """Sizes for the kernel, and the floats of scratch memory it needs for them."""
         key = (batch, length, workers)
         known, sizes, scratch = self._known
         if known != key:
             sizes = array("q", [len(self.parameters), batch, length, *self._shape, self._residual])
-            scratch = library.mamba_layers_scratch(sizes.buffer_info()[0], workers)
+            scratch = kernels.mamba_layers_scratch(sizes.buffer_info()[0], workers)
             self._known = key, sizes, scratch
         return sizes, scratch
 
@@ -218,10 +219,6 @@ class NativeStream:
         self._ssms[:, rows] = 0.0
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _table(state: Sequence[State]) -> Table:
     """Addresses and strides of states."""
     rows, kept = array("q"), []
@@ -251,16 +248,10 @@ def _usable(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 @functools.cache
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.mamba_layers.argtypes = [*[pointer] * 11, ctypes.c_float, size]
-    library.mamba_layers.restype = None
-    library.mamba_layers_scratch.argtypes = [pointer, size]
-    library.mamba_layers_scratch.restype = size
-    return library
-
-
-def _library() -> ctypes.CDLL:
-    library = load().library
-    assert library is not None  # callers checked it
-    return _declared(library)
+    kernels.mamba_layers.argtypes = [*[pointer] * 11, ctypes.c_float, size]
+    kernels.mamba_layers.restype = None
+    kernels.mamba_layers_scratch.argtypes = [pointer, size]
+    kernels.mamba_layers_scratch.restype = size
+    return kernels

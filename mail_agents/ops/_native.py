@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mail_agents.ops._user_cache import cache_directory, only_ours
+
 logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "native"
@@ -43,7 +45,6 @@ _TIMEOUT_S = 120.0
 _STALE_S = 3600.0
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 #: No -ffast-math: kernels rely on rounding, and NaN and infinity have to propagate.
 _FLAGS = (
@@ -148,54 +149,6 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def cache_directory(name: str) -> Path:
-    """Returns a folder of the user's cache, created when missing.
-
-    Raises:
-        OSError: It cannot be created.
-        PermissionError: Other users could put files there, which would then be executed.
-    """
-    folder = user_cache() / "mail-agents" / name
-    # One by one: parents made on the way would get the mode that the umask leaves.
-    for part in (*reversed(folder.parents), folder):
-        if not part.exists():
-            part.mkdir(mode=0o700, exist_ok=True)
-    if os.name == "nt":
-        return folder
-    folder = folder.resolve()
-    if not _only_ours(folder.stat()):
-        raise PermissionError(f"{folder} belongs to another user, or others can write to it")
-    for parent in folder.parents:
-        found = parent.stat()
-        if found.st_uid not in (0, os.geteuid()):
-            raise PermissionError(f"{parent}, which holds {folder}, belongs to another user")
-        # Many systems give every user a group of its own, and folders that it can write to. In
-        # sticky folders such as /tmp, only owners rename and remove.
-        others = stat.S_IWOTH if found.st_gid == os.getegid() else _OTHERS_WRITE
-        if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
-            raise PermissionError(
-                f"others can write to {parent}, which holds {folder} (chmod go-w {parent})"
-            )
-    return folder
-
-
-def _only_ours(found: os.stat_result) -> bool:
-    """Whether a file or folder belongs to this user, and nobody else can write to it."""
-    return found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE
-
-
-def user_cache() -> Path:
-    """Returns where programs of this user keep what they can make again."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():  # what is not is invalid, says the XDG base directory specification
-        return named
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    return Path.home() / ".cache"
-
-
 def _find_or_build() -> tuple[Path, ctypes.CDLL]:
     if sys.platform not in _GET_COMPILER:
         raise _Unavailable("the kernels are built on Linux and macOS only", "")
@@ -239,7 +192,7 @@ def _find(folder: Path, key: str, sources: Sequence[Path]) -> tuple[Path, ctypes
 def _sound(path: Path) -> bool:
     """Whether a library is whole, and nobody else can have written it."""
     found = path.lstat()
-    if not stat.S_ISREG(found.st_mode) or not _only_ours(found):
+    if not stat.S_ISREG(found.st_mode) or not only_ours(found):
         return False
     return path.stem.rpartition("-")[2] == _digest(path)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from mail_agents.ops._native import cache_directory
+from mail_agents.ops._user_cache import cache_directory
 
 logger = logging.getLogger(__name__)
 # Its attributes are made at run time.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mail_agents.errors import MissingDependencyError
-from mail_agents.ops import _native, backends, selective_scan
+from mail_agents.ops import _native, _user_cache, backends, selective_scan
 from mail_agents.ops.backends import Probe, backend_report, recording_backends
 
 SOURCE = """
@@ -405,14 +405,14 @@ def test_other_systems_are_refused(monkeypatch):
 
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _native.user_cache() == tmp_path
+    assert _user_cache.user_cache() == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(_native.sys, "platform", "linux")
     for invalid in ("relative", ""):
         monkeypatch.setenv("XDG_CACHE_HOME", invalid)
-        assert _native.user_cache() == tmp_path / ".cache"
+        assert _user_cache.user_cache() == tmp_path / ".cache"
     monkeypatch.setattr(_native.sys, "platform", "darwin")
-    assert _native.user_cache() == tmp_path / "Library" / "Caches"
+    assert _user_cache.user_cache() == tmp_path / "Library" / "Caches"
 
 
 def test_the_kernels_of_this_package_work_here(compiler):
